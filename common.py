@@ -1,0 +1,1349 @@
+"""What every method needs and none is about: scenes, rays, an occupancy grid, metrics, pictures, the run folder.
+
+Read it once, top to bottom:
+    errors and command line | rays | pictures read from disk | Blender scenes | LLFF scenes | the built-in scene |
+    scene look-up | occupancy grid | spherical harmonics | metrics | camera paths and pictures | run folder | commands
+
+Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the camera looks along -z. `K` (3, 3) speaks of
+pixels of the images that were really loaded; the centre of the pixel in row i, column j is x = j + 0.5, y = i + 0.5. Ray
+directions are unit vectors, so a distance t along a ray is metric.
+
+    python common.py compare runs/a runs/b       # a table, and one picture
+    python common.py download lego               # a real scene -> data/nerf_synthetic/lego
+    python common.py bricks --out data/bricks    # the built-in scene, written as files
+"""
+import contextlib
+import http.client
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Callable
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------------------------- errors and command line
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. The message is one line: what, where, what to do."""
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Raise UserError if `loss` is NaN or infinite. Call it before the step is taken, so that the last checkpoint stays good."""
+    if not torch.isfinite(loss).all():
+        raise UserError(f"loss is not finite at step {step}; the last checkpoint is kept: lower the learning rate, then --resume")
+
+
+def cli(presets: dict, main: Callable) -> None:
+    """Read `--preset NAME` first, then every other flag over that preset, and call main(args).
+
+    presets: name -> instance of one dataclass; "quick" is the default. Bad flags and UserError end as one line on stderr
+    with exit status 2, Ctrl-C as one line with status 130. A traceback that you do see is a bug of ours.
+    """
+    def parse():
+        rest, name = [], "quick"
+        words = iter(sys.argv[1:])
+        for word in words:
+            if word == "--preset":
+                name = next(words, "")
+            elif word.startswith("--preset="):
+                name = word.split("=", 1)[1]
+            else:
+                rest.append(word)
+        if name not in presets:
+            raise UserError(f"--preset {name or '(nothing)'} does not exist: choose one of {', '.join(presets)}")
+        args = presets[name]
+        about = (type(args).__doc__ or "") + f"\n\n--preset {{{','.join(presets)}}} (now: {name}) sets all defaults at once."
+        return tyro.cli(type(args), args=rest, default=args, description=about)
+    _one_line_errors(parse, main)
+
+
+def _one_line_errors(parse: Callable, main: Callable) -> None:
+    try:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                args = parse()
+        except SystemExit as stop:
+            if not stop.code:                      # --help
+                raise
+            lines = [re.sub("[─-╿]", " ", line).strip() for line in complaint.getvalue().splitlines()]  # a box drawn by tyro
+            lines = [line for line in lines if line and "--help" not in line and line != "Parsing error"]
+            words = " ".join(" ".join(lines).split()).replace("For full helptext, run:", "").strip()
+            raise UserError(f"{words} (--help lists the flags)") from None
+        main(args)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rays
+
+def pixel_rays(xy: Tensor, K: Tensor, c2w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rays through image points: d = R [(x - cx)/fx, -(y - cy)/fy, -1], normalised; o = the camera's position.
+
+    xy (R, 2): x to the right, y down, in pixels. K (3, 3) or (R, 3, 3), c2w (R, 3, 4).
+    -> rays_o (R, 3), rays_d (R, 3) unit. Differentiable in xy, K and c2w.
+    Pocket check: the middle of the image, (cx, cy), looks along minus the third column of c2w.
+    """
+    x = (xy[:, 0] - K[..., 0, 2]) / K[..., 0, 0]
+    y = (xy[:, 1] - K[..., 1, 2]) / K[..., 1, 1]
+    d = torch.stack([x, -y, -torch.ones_like(x)], -1)                   # (R, 3) in the camera's axes
+    d = (c2w[..., :3] * d[..., None, :]).sum(-1)                        # (R, 3) in the world's
+    return c2w[..., 3].expand_as(d), F.normalize(d, dim=-1)
+
+
+def ndc_rays(rays_o: Tensor, rays_d: Tensor, K: Tensor, H: int, W: int, near: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rays of a forward-facing scene in normalised device coordinates (NeRF, appendix C).
+
+    A point (x, y, z), z < 0, goes to (-2fx/W x/z, -2fy/H y/z, 1 + 2 near/z): the plane z = -near becomes -1, infinity
+    becomes +1, and straight lines stay straight. Origins are first moved onto the near plane; directions come back
+    normalised, so t measures distance in NDC and a ray ends where it leaves the box at z = 1.
+    rays_o, rays_d (R, 3), K (3, 3) or (R, 3, 3) with its principal point in the middle -> (R, 3), (R, 3) unit.
+    """
+    rays_o = rays_o - ((near + rays_o[:, 2]) / rays_d[:, 2])[:, None] * rays_d
+    ax, ay = -2 * K[..., 0, 0] / W, -2 * K[..., 1, 1] / H
+    (ox, oy, oz), (dx, dy, dz) = rays_o.unbind(-1), rays_d.unbind(-1)
+    o = torch.stack([ax * ox / oz, ay * oy / oz, 1 + 2 * near / oz], -1)
+    d = torch.stack([ax * (dx / dz - ox / oz), ay * (dy / dz - oy / oz), -2 * near / oz], -1)
+    return o, F.normalize(d, dim=-1)
+
+
+def pixel_grid(H: int, W: int, device=None) -> Tensor:
+    """Centres of all pixels, row by row: (H*W, 2) as (x, y)."""
+    y, x = torch.meshgrid(torch.arange(H, device=device) + 0.5, torch.arange(W, device=device) + 0.5, indexing="ij")
+    return torch.stack([x, y], -1).reshape(-1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ scenes: what one is
+
+@dataclass
+class Views:
+    """A set of posed pictures."""
+    images: Tensor          # (V, H, W, 3) in [0, 1], already blended onto the scene's background
+    c2w: Tensor             # (V, 3, 4)
+    K: Tensor               # (3, 3) or (V, 3, 3)
+    alpha: Tensor | None    # (V, H, W); None where the pictures have none
+    depth: Tensor | None    # (V, H, W) distance along the unit ray through the pixel's centre; 0 = nothing hit; built-in scenes
+    names: list[str]
+
+
+@dataclass
+class Scene:
+    """Training and test views, and the space that they look at."""
+    name: str
+    kind: str               # "blender" | "llff" | "builtin"
+    train: Views
+    test: Views
+    aabb: Tensor            # (2, 3) the box in which a field has to live
+    near: float             # rays start and end here; metric (in NDC where ndc is set)
+    far: float
+    bg: Tensor              # (3,)
+    ndc: bool
+
+
+def view_rays(views: Views, v: int, ndc: bool) -> tuple[Tensor, Tensor]:
+    """All rays of view v, row by row: rays_o, rays_d (H*W, 3), in NDC where `ndc` is set."""
+    H, W = views.images.shape[1:3]
+    K = views.K if views.K.dim() == 2 else views.K[v]
+    xy = pixel_grid(H, W, views.c2w.device)
+    rays_o, rays_d = pixel_rays(xy, K, views.c2w[v].expand(len(xy), 3, 4))
+    return ndc_rays(rays_o, rays_d, K, H, W) if ndc else (rays_o, rays_d)
+
+
+def to_device(thing, device):
+    """A Scene or Views with all its tensors on `device` (a new object; tensors already there are shared)."""
+    moved = {f.name: getattr(thing, f.name) for f in fields(thing)}
+    for name, value in moved.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+        elif is_dataclass(value):
+            moved[name] = to_device(value, device)
+    return replace(thing, **moved)
+
+
+def join_views(a: Views, b: Views) -> Views:
+    """The views of a, then those of b (same image size). K becomes (V, 3, 3) where the two differ."""
+    if a.images.shape[1:] != b.images.shape[1:]:
+        raise UserError(f"{b.names[0]}: {_wh(b.images[0])} px, but {a.names[0]} has {_wh(a.images[0])}: one size per scene, please")
+    both = lambda x, y: None if x is None or y is None else torch.cat([x, y])
+    K = a.K
+    if a.K.shape != b.K.shape or not torch.equal(a.K, b.K):
+        K = torch.cat([v.K.expand(len(v.names), 3, 3) for v in (a, b)])
+    return Views(both(a.images, b.images), both(a.c2w, b.c2w), K, both(a.alpha, b.alpha), both(a.depth, b.depth), a.names + b.names)
+
+
+def _wh(image) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+# ------------------------------------------------------------------------------------------------ pictures read from disk
+
+def area_weights(n_in: int, n_out: int) -> np.ndarray:
+    """(n_out, n_in): the share of output cell i that input cell j covers; rows sum to 1.
+
+    Output cell i spans [i, i+1) * n_in / n_out. Averaging over areas is exact at any ratio, while sampling a large picture
+    at few points would turn fine texture into noise that no field can fit.
+    """
+    edges = np.arange(n_out + 1) * (n_in / n_out)
+    cells = np.arange(n_in)
+    overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
+    return (overlap.clip(0) * (n_out / n_in)).astype(np.float32)
+
+
+def fit_size(H: int, W: int, size: int | None, where) -> tuple[int, int]:
+    """(h, w) whose longer side is `size` (None: unchanged). UserError if that would enlarge the picture."""
+    if size is None:
+        return H, W
+    if size < 1:
+        raise UserError(f"--size {size} must be at least 1 pixel")
+    if size > max(H, W):
+        raise UserError(f"{where}: pictures are {W}x{H}, smaller than --size {size}: ask for at most {max(H, W)}")
+    return max(1, round(H * size / max(H, W))), max(1, round(W * size / max(H, W)))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3 or 4) float32 in [0, 1]. UserError naming the file if it is missing or broken."""
+    if not path.is_file():
+        raise UserError(f"{path}: image not found: restore the file, or remove its frame from the transforms")
+    try:
+        image = iio.imread(path, plugin="pillow")
+    except Exception as error:                 # Pillow has a dozen ways to say that a file is cut short or is no picture
+        raise UserError(f"{path}: not a readable image ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+                        "copy or download the file again") from None
+    top = np.float32(np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1)
+    image = image / top
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[-1] in (1, 2):              # grey, grey with alpha
+        image = np.concatenate([image[..., :1]] * 3 + [image[..., 1:]], -1)
+    return image
+
+
+def read_images(paths: list[Path], size: int | None, bg: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """Read, shrink, blend onto bg: images (V, h, w, 3), alpha (V, h, w) or None, and the size (H, W) of the files.
+
+    The average of c * alpha is what a camera with larger pixels would see; averaging c itself would let the meaningless
+    colour of transparent pixels bleed into edges. So: premultiply, average, then add (1 - alpha) bg.
+    """
+    first = read_image(paths[0])
+    H, W = first.shape[:2]
+    h, w = fit_size(H, W, size, paths[0])
+    down, right = area_weights(H, h), area_weights(W, w)
+    images = np.empty((len(paths), h, w, 3), np.float32)
+    alphas = np.ones((len(paths), h, w), np.float32)
+    back = bg.numpy()
+
+    def load(v):
+        image = first if v == 0 else read_image(paths[v])
+        if image.shape[:2] != (H, W):
+            raise UserError(f"{paths[v]}: {_wh(image)} px, but {paths[0].name} has {W}x{H}: all images of a scene must agree")
+        has_alpha = image.shape[2] == 4
+        if has_alpha:
+            image[..., :3] *= image[..., 3:]
+        C = image.shape[2]
+        if H % h == 0 and W % w == 0:
+            image = image.reshape(h, H // h, W * C).mean(1).reshape(h, w, W // w, C).mean(2)   # whole blocks: the same, sooner
+        else:
+            image = (down @ image.reshape(H, W * C)).reshape(h, W, C)   # rows first: the large product is contiguous
+            image = right @ image                                       # (w, W) @ (h, W, C) -> (h, w, C)
+        images[v] = image[..., :3]
+        if has_alpha:
+            alphas[v] = image[..., 3].clip(0, 1)
+            images[v] += (1 - alphas[v])[..., None] * back
+        np.clip(images[v], 0, 1, out=images[v])
+        return has_alpha
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:       # decoding runs outside Python's lock
+        has_alpha = list(pool.map(load, range(len(paths))))
+    return torch.from_numpy(images), torch.from_numpy(alphas) if any(has_alpha) else None, (H, W)
+
+
+def _intrinsics(fx: float, fy: float, cx: float, cy: float) -> Tensor:
+    return torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- Blender scenes
+
+def load_blender(folder: Path, split: str, size: int | None, bg: Tensor) -> Views:
+    """One split of a folder with transforms_{split}.json: the synthetic scenes of NeRF, and what Blender, instant-ngp or
+    nerfstudio write in that form.
+
+    The focal length is 0.5 W / tan(camera_angle_x / 2), or fl_x (and fl_y, cx, cy in pixels of w x h) where the file has it.
+    Raises UserError for everything that can be wrong with such a folder.
+    """
+    path = folder / f"transforms_{split}.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found: the {split} split needs it")
+    try:
+        meta = json.loads(path.read_text())
+        frames = meta["frames"]
+        files = [folder / frame["file_path"] for frame in frames]
+        poses = [frame["transform_matrix"] for frame in frames]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a transforms file ({type(error).__name__}: {error}): download the scene again") from None
+    if not frames:
+        raise UserError(f"{path}: has no frames: list at least one image")
+    for v, pose in enumerate(poses):
+        try:
+            poses[v] = np.asarray(pose, np.float64)
+        except (ValueError, TypeError):
+            poses[v] = np.zeros(0)
+        if poses[v].shape != (4, 4) or not np.isfinite(poses[v]).all():
+            raise UserError(f"{path}: frame {v} ({frames[v]['file_path']}): transform_matrix must be 4x4 finite numbers: mend or remove the frame")
+    for v, file in enumerate(files):           # the official files leave the extension out
+        if not file.is_file():
+            files[v] = next((f for f in (file.with_name(file.name + e) for e in (".png", ".jpg", ".jpeg")) if f.is_file()), file)
+    images, alpha, (H, W) = read_images(files, size, bg)
+    try:
+        if "fl_x" in meta:
+            fx = float(meta["fl_x"])
+            fy = float(meta.get("fl_y", fx))
+            w, h = float(meta.get("w", W)), float(meta.get("h", H))
+            cx, cy = float(meta.get("cx", w / 2)), float(meta.get("cy", h / 2))
+        else:
+            w, h = W, H
+            fx = fy = 0.5 * W / math.tan(0.5 * float(meta["camera_angle_x"]))
+            cx, cy = W / 2, H / 2
+        if not all(math.isfinite(n) for n in (fx, fy, cx, cy)) or min(fx, fy, w, h) <= 0:
+            raise ValueError(f"focal lengths {fx:.4g}, {fy:.4g}")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: camera_angle_x (radians) or fl_x (pixels) is missing or unusable ({error}): mend the file") from None
+    sx, sy = images.shape[2] / w, images.shape[1] / h
+    c2w = torch.tensor(np.stack(poses)[:, :3], dtype=torch.float32)
+    return Views(images, c2w, _intrinsics(fx * sx, fy * sy, cx * sx, cy * sy), alpha, None, [f["file_path"] for f in frames])
+
+
+# ---------------------------------------------------------------------------------------------------------- LLFF scenes
+
+def load_llff(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]:
+    """Train and test views of a forward-facing scene: images_K/ and poses_bounds.npy. Every 8th view is held out.
+
+    A row of poses_bounds.npy holds a 3x5 matrix [R | position | (H, W, focal)] and the nearest and farthest depth. Its
+    axes are [down, right, backwards]. As in NeRF, the world is scaled so that the nearest depth is 1/0.75 (NDC's near plane
+    at 1 then lies safely before all content), and moved so that the mean camera is the identity.
+    Folder: the smallest whose longer side reaches `size`, then averaged down to it; with size None images_8, else the
+    smallest there is. The full-size images/ may be missing.
+    """
+    path = folder / "poses_bounds.npy"
+    try:
+        rows = np.load(path).astype(np.float64)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable array ({error}): copy or download it again") from None
+    if rows.ndim != 2 or rows.shape[1] != 17 or len(rows) == 0 or not np.isfinite(rows).all():
+        raise UserError(f"{path}: expected (N, 17) finite numbers, found {rows.shape}: run COLMAP/LLFF's imgs2poses again")
+    matrix, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
+    if bounds.min() <= 0 or matrix[:, :, 4].min() <= 0:
+        raise UserError(f"{path}: depths, image sizes and focal lengths must be positive: run COLMAP/LLFF's imgs2poses again")
+
+    choices = []                                                        # (longer side, folder name, files)
+    for sub in [folder / "images", *sorted(folder.glob("images_*"))]:
+        files = sorted(f for f in sub.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if files:
+            choices.append((max(read_image(files[0]).shape[:2]), sub.name, files))
+    if not choices:
+        raise UserError(f"{folder}: no images/ or images_K/ with PNG or JPG files beside poses_bounds.npy")
+    choices.sort(key=lambda c: c[0])
+    default = next((c for c in choices if c[1] == "images_8"), choices[0])
+    _, name, files = default if size is None else next((c for c in choices if c[0] >= size), choices[-1])
+    if len(files) != len(rows):
+        raise UserError(f"{folder / name}: {len(files)} images, but poses_bounds.npy has {len(rows)} poses: they must match one to one")
+    images, alpha, _ = read_images(files, size, bg)
+
+    H, W, focal = matrix[0, :, 4]
+    h, w = images.shape[1:3]
+    K = _intrinsics(focal * w / W, focal * h / H, w / 2, h / 2)
+    right, up, back, position = matrix[:, :, 1], -matrix[:, :, 0], matrix[:, :, 2], matrix[:, :, 3]
+    position = position / (bounds.min() * 0.75)
+    mean = np.eye(4)
+    mean[:3] = look_at(position.mean(0), position.mean(0) - back.sum(0), up.sum(0))
+    c2w = np.tile(np.eye(4), (len(rows), 1, 1))
+    c2w[:, :3] = np.stack([right, up, back, position], -1)
+    c2w = torch.tensor((np.linalg.inv(mean) @ c2w)[:, :3], dtype=torch.float32)
+
+    def pick(ids):
+        return Views(images[ids], c2w[ids], K, None if alpha is None else alpha[ids], None, [f"{name}/{files[i].name}" for i in ids])
+    if len(rows) < 2:
+        raise UserError(f"{folder}: one view only: every 8th is held out, nothing is left to train on")
+    return pick([i for i in range(len(rows)) if i % 8]), pick(list(range(0, len(rows), 8)))
+
+
+def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
+    """(3, 4) float64 camera to world: at `position`, looking at `target`, with `up` upwards in the picture."""
+    position, up = np.asarray(position, np.float64), np.asarray(up, np.float64)
+    back = position - target
+    back = back / np.linalg.norm(back)
+    right = np.cross(up, back)
+    right = right / np.linalg.norm(right)
+    return np.stack([right, np.cross(back, right), back, position], -1)
+
+
+# ------------------------------------------------------------------------------------------ built-in scenes: a ray-caster
+
+@dataclass
+class Primitive:
+    """A box, cylinder (axis: its own z) or ball, in metres, stretched by `half`, turned by `rotation`, moved to `centre`."""
+    kind: str                                   # "box" | "cylinder" | "ball"
+    centre: tuple                               # (3,)
+    half: tuple                                 # half the extent along its own x, y, z (radius, radius, half the height)
+    colour: tuple                               # (3,) in [0, 1]
+    rotation: np.ndarray | None = None          # (3, 3), columns: its own axes in the world; None: not turned
+    pattern: str = "plain"                      # "plain" | "checker" | "stripes" (diagonal), with `colour2`
+    colour2: tuple = (1.0, 1.0, 1.0)
+    period: float = 0.1                         # of the pattern: side of a square, width of a stripe
+
+
+@dataclass
+class _Packed:                                  # the same, as tensors with one row per primitive
+    is_kind: dict[str, Tensor]                  # kind -> (P,) bool
+    centre: Tensor
+    half: Tensor
+    rotation: Tensor
+    colours: Tensor                             # (P, 2, 3)
+    pattern: Tensor
+    period: Tensor
+
+
+def _pack(primitives: list[Primitive]) -> _Packed:
+    rows = lambda values: torch.tensor(np.array(values), dtype=torch.float32)
+    is_kind = {kind: torch.tensor([p.kind == kind for p in primitives]) for kind in ("box", "cylinder", "ball")}
+    return _Packed(is_kind, rows([p.centre for p in primitives]), rows([p.half for p in primitives]),
+                   rows([np.eye(3) if p.rotation is None else p.rotation for p in primitives]),
+                   rows([[p.colour, p.colour2] for p in primitives]),
+                   torch.tensor([("plain", "checker", "stripes").index(p.pattern) for p in primitives]),
+                   rows([p.period for p in primitives]))
+
+
+def _interval(kind: str, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the line o + t d is inside the unit shape: [t_in, t_out], empty if t_in > t_out. o, d (..., 3, n).
+
+    All three shapes are convex, so one interval says it all; a cylinder is a round tube met by the slab |z| <= 1.
+    """
+    if kind == "box":
+        inv = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
+        a, b = (-1 - o) * inv, (1 - o) * inv
+        return torch.minimum(a, b).amax(-2), torch.maximum(a, b).amin(-2)
+    n = 3 if kind == "ball" else 2                                      # |o + t d|^2 = 1 in n dimensions
+    on, dn = o[..., :n, :], d[..., :n, :]
+    a, b, c = (dn * dn).sum(-2).clamp_min(1e-12), (on * dn).sum(-2), (on * on).sum(-2) - 1
+    disc = b * b - a * c
+    root = disc.clamp_min(0).sqrt()
+    t_in, t_out = torch.where(disc > 0, (-b - root) / a, 1.0), torch.where(disc > 0, (-b + root) / a, -1.0)
+    if kind == "cylinder":
+        z_in, z_out = _interval("box", o[..., 2:, :], d[..., 2:, :])
+        t_in, t_out = torch.maximum(t_in, z_in), torch.minimum(t_out, z_out)
+    return t_in, t_out
+
+
+def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> tuple[Tensor, Tensor]:
+    """Distance to the first surface (inf: none) and the primitive's number (-1: none) for rays (R, 3). From inside a
+    primitive its far wall is seen.
+
+    Rays are tried in packets of `packet` consecutive ones. All rays of a packet stay within a known distance of its middle
+    ray, so a primitive which that ray misses even when it is thickened by this distance (`pad`) can be left out. The rest
+    are tried nearest first, until no ray of the packet can still find anything closer. Rays in any order give the same
+    answer, neighbouring rays give it much sooner.
+    """
+    R = len(rays_o)
+    pad_rays = -R % packet
+    if pad_rays:
+        rays_o, rays_d = (torch.cat([x, x[-1:].expand(pad_rays, 3)]) for x in (rays_o, rays_d))
+    o, d = (x.reshape(-1, packet, 3).mT.contiguous() for x in (rays_o, rays_d))        # (B, 3, packet): sums over x, y, z
+    apex, axis = o.mean(2), F.normalize(d.mean(2), dim=-1)                             # the middle ray         are fast so
+    spread = (o - apex[..., None]).norm(dim=1).amax(1, keepdim=True)                   # |o_i - apex|
+    chord = (d - axis[..., None]).norm(dim=1).amax(1, keepdim=True)                    # |d_i - axis|: a ray strays by chord * t
+    radius = shapes.half.norm(dim=-1)                                                  # of a ball around the primitive
+    along = axis @ shapes.centre.T - (axis * apex).sum(-1, keepdim=True)               # (B, P)
+    far = torch.cdist(apex, shapes.centre)
+    pad = spread + chord * (far + radius + spread) + 1e-4
+    aside = (far * far - along * along).clamp_min(0).sqrt()
+    b, p = ((aside <= radius + pad) & (along >= -radius - pad)).nonzero(as_tuple=True)
+    size = shapes.half[p] + pad[b, p, None]                                            # each as a box, thickened
+    turn = shapes.rotation[p].mT / size[..., None]
+    t_in, t_out = _interval("box", turn @ (apex[b] - shapes.centre[p])[..., None], turn @ axis[b, :, None])
+    t_in, t_out = t_in.squeeze(1), t_out.squeeze(1)
+    keep = ((t_in <= t_out) & (t_out > 0)).nonzero().squeeze(1)
+    keep = keep[t_in[keep].argsort(stable=True)]
+    keep = keep[b[keep].argsort(stable=True)]                                          # by packet, nearest first
+    b, p, t_in = b[keep], p[keep], t_in[keep]
+    count = torch.bincount(b, minlength=len(o))
+    start = count.cumsum(0) - count
+
+    t, index = torch.full((len(o), packet), torch.inf), torch.full((len(o), packet), -1)
+    active, rank = count.nonzero().squeeze(1), 0
+    while len(active):
+        wide = max(1, 4096 // len(active))              # candidates per packet at a time: many once few packets are left
+        row = start[active, None] + (rank + torch.arange(wide)).clamp_max(count[active, None] - 1)   # (A, wide)
+        a, q = active.repeat_interleave(wide), p[row.flatten()]
+        hits = torch.empty(len(q), packet)
+        for kind, is_kind in shapes.is_kind.items():
+            mine = is_kind[q].nonzero().squeeze(1)
+            if len(mine) == 0:
+                continue
+            k, dk = q[mine], d[a[mine]]
+            v = o[a[mine]] - shapes.centre[k, :, None]
+            mid = -(v * dk).sum(1, keepdim=True)        # start at the ray's nearest point: seen from afar, b*b - a*c of a
+            v = v + mid * dk                            # thin rod would be all rounding error
+            turn = shapes.rotation[k].mT / shapes.half[k, :, None]                     # world -> own axes, the unit shape
+            enter, leave = _interval(kind, turn @ v, turn @ dk)
+            enter, leave = enter + mid[:, 0], leave + mid[:, 0]
+            hit = torch.where(enter > 1e-4, enter, leave)
+            hits[mine] = torch.where((enter <= leave) & (hit > 1e-4), hit, torch.inf)
+        best, which = hits.reshape(len(active), wide, packet).min(1)
+        closer = best < t[active]
+        t[active] = torch.where(closer, best, t[active])
+        index[active] = torch.where(closer, q.reshape(-1, wide).gather(1, which), index[active])
+        rank += wide
+        active = active[count[active] > rank]
+        active = active[t_in[start[active] + rank] < t[active].amax(1)]
+    return t.reshape(-1)[:R], index.reshape(-1)[:R]
+
+
+def raycast(primitives: list[Primitive], rays_o: Tensor, rays_d: Tensor, packet: int = 64,
+            sun: tuple = (0.45, -0.35, 0.82)) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour (R, 3), alpha (R,) 0 or 1, depth (R,) (0 where nothing is hit) of the first surface along rays (R, 3), on the CPU.
+
+    Shading: colour * (sky + sun * max(0, n.l) * [not in shadow]) + a small highlight; `sun` points towards the light. Only
+    sums, products and roots, so that the same rays give the same bits in every run.
+    """
+    shapes = _pack(primitives)
+    t, index = first_hit(shapes, rays_o, rays_d, packet)
+    colour, depth = torch.zeros_like(rays_o), torch.where(index >= 0, t, 0.0)
+    hit = (index >= 0).nonzero().squeeze(1)
+    if len(hit) == 0:
+        return colour, torch.zeros_like(depth), depth
+    p, d = index[hit], rays_d[hit]
+    point = rays_o[hit] + t[hit, None] * d
+    R, half = shapes.rotation[p], shapes.half[p]
+    unit = ((point - shapes.centre[p])[:, None] @ R).squeeze(1) / half                 # on the surface of the unit shape
+    is_ball, is_box = shapes.is_kind["ball"][p], shapes.is_kind["box"][p]
+    face = F.one_hot(unit.abs().argmax(-1), 3) * unit.sign()
+    round_ = torch.cat([unit[:, :2], torch.zeros_like(unit[:, :1])], -1)
+    cap = unit[:, 2].abs() > unit[:, :2].norm(dim=-1)
+    end = torch.cat([torch.zeros_like(unit[:, :2]), unit[:, 2:].sign()], -1)
+    normal = torch.where(is_ball[:, None], unit, torch.where(is_box[:, None], face, torch.where(cap[:, None], end, round_)))
+    cell = torch.floor((unit * half - 1e-3 * normal) / shapes.period[p, None]).long()  # a little inside, else a face lies between two cells
+    normal = F.normalize((R @ (normal / half)[..., None]).squeeze(-1), dim=-1)
+    normal = torch.where((normal * d).sum(-1, keepdim=True) > 0, -normal, normal)      # towards the viewer
+
+    diagonal = torch.floor((unit * half).sum(-1) / shapes.period[p]).long()
+    second = torch.where(shapes.pattern[p] == 1, cell.sum(-1) % 2, torch.where(shapes.pattern[p] == 2, diagonal % 2, 0))
+    base = shapes.colours[p, second]
+    light = F.normalize(torch.tensor(sun), dim=0)
+    lambert = (normal * light).sum(-1).clamp_min(0)
+    lit = (lambert > 0).nonzero().squeeze(1)                                           # shadow rays, where they matter
+    # A shadow packet must not reach from one object, or picture, to the next. So each packet of the eye's rays makes one,
+    # its free places filled with copies of its first ray.
+    _, group, count = torch.unique_consecutive(hit[lit] // packet, return_inverse=True, return_counts=True)
+    first = count.cumsum(0) - count
+    place = group * packet + torch.arange(len(lit)) - first[group]
+    source = first.repeat_interleave(packet).index_copy(0, place, torch.arange(len(lit)))
+    start = (point[lit] + 2e-3 * normal[lit])[source]
+    blocked, _ = first_hit(shapes, start, light.expand(len(start), 3), packet)
+    lambert[lit] *= blocked[place].isinf()
+    sky = 0.42 + 0.16 * normal[:, 2]
+    shine = (normal * F.normalize(light - d, dim=-1)).sum(-1).clamp_min(0) * (lambert > 0)
+    for _ in range(5):
+        shine = shine * shine                                                          # to the power 32
+    colour[hit] = (base * (sky + 0.62 * lambert)[:, None] + 0.12 * shine[:, None]).clamp(0, 1)
+    return colour, (index >= 0).float(), depth
+
+
+def render_primitives(primitives: list[Primitive], c2w: Tensor, K: Tensor, H: int, W: int, bg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Antialiased pictures of primitives: images (V, H, W, 3), alpha (V, H, W), depth (V, H, W).
+
+    Every pixel is the mean of 3x3 rays; the ray in the middle goes through the pixel's centre and gives the depth.
+    """
+    block, rays = 2, 36                                                 # a packet: 2x2 pixels of 9 rays each
+    side = torch.arange(block)
+    by, bx = torch.meshgrid(torch.arange(-(-H // block)), torch.arange(-(-W // block)), indexing="ij")
+    row = (by.reshape(-1, 1) * block + side.repeat_interleave(block)).clamp_max(H - 1)           # (B, 4)
+    col = (bx.reshape(-1, 1) * block + side.repeat(block)).clamp_max(W - 1)
+    sub = (torch.arange(3) + 0.5) / 3
+    xy = torch.stack([col[..., None] + sub.repeat(3), row[..., None] + sub.repeat_interleave(3)], -1)   # (B, 4, 9, 2)
+    images, alpha, depth = torch.empty(len(c2w), H, W, 3), torch.empty(len(c2w), H, W), torch.empty(len(c2w), H, W)
+
+    def work(job):
+        v, b = job.unbind(1)
+        rays_o, rays_d = pixel_rays(xy[b].reshape(-1, 2), K, c2w[v].repeat_interleave(rays, 0))
+        colour, hit, t = raycast(primitives, rays_o, rays_d, packet=rays)
+        colour, hit = colour.reshape(len(b), 4, 9, 3).mean(2), hit.reshape(len(b), 4, 9).mean(2)
+        where = (v[:, None], row[b], col[b])
+        images[where] = colour + (1 - hit[..., None]) * bg              # misses are black: the mean is premultiplied
+        alpha[where] = hit
+        depth[where] = t.reshape(len(b), 4, 9)[..., 4]
+
+    jobs = torch.cartesian_prod(torch.arange(len(c2w)), torch.arange(len(row))).split(8192)      # about 300 000 rays each
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)            # the operations are small: whole jobs side by side go faster than each one split up
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, jobs))
+    finally:
+        torch.set_num_threads(threads)
+    return images.clamp(0, 1), alpha, depth
+
+
+def turned(axis: str, degrees: float) -> np.ndarray:
+    """(3, 3) rotation about "x", "y" or "z", right-handed."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    R = np.eye(3)
+    R[i, i], R[j, j], R[i, j], R[j, i] = c, c, -s, s
+    return R
+
+
+def placed(parts: list[Primitive], centre, rotation: np.ndarray) -> list[Primitive]:
+    """A group of parts, turned about the origin and then moved."""
+    own = lambda p: np.eye(3) if p.rotation is None else p.rotation
+    return [replace(p, centre=tuple(rotation @ p.centre + centre), rotation=rotation @ own(p)) for p in parts]
+
+
+def brick(x: float, y: float, z: float, nx: int, ny: int, height: float, colour, studs: bool = True) -> list[Primitive]:
+    """A brick of nx x ny studs with its lowest corner at (x, y, z). All in units of one stud's pitch. It is a little
+    smaller than its place, so that seams show."""
+    gap = 0.03
+    parts = [Primitive("box", (x + nx / 2, y + ny / 2, z + height / 2), (nx / 2 - gap, ny / 2 - gap, height / 2 - gap / 2), colour)]
+    if studs:
+        parts += [Primitive("cylinder", (x + i + 0.5, y + j + 0.5, z + height + 0.1), (0.3, 0.3, 0.12), colour) for i in range(nx) for j in range(ny)]
+    return parts
+
+
+def rod(a, b, radius: float, colour) -> Primitive:
+    """A thin cylinder from a to b."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    axis = (b - a) / np.linalg.norm(b - a)
+    side = np.cross(axis, (1, 0, 0) if abs(axis[0]) < 0.9 else (0, 1, 0))
+    side = side / np.linalg.norm(side)
+    return Primitive("cylinder", tuple((a + b) / 2), (radius, radius, np.linalg.norm(b - a) / 2), colour,
+                     np.stack([side, np.cross(axis, side), axis], -1))
+
+
+def truck() -> list[Primitive]:
+    """A toy tipper of studded bricks, nose towards +x, within [-1.3, 1.3]^3: rows of studs, stripes and a checkerboard
+    (fine repeated texture), rods, ladder and railing (thin parts), walls and tailboard (large flat areas)."""
+    red, yellow, blue, green = (0.80, 0.11, 0.09), (0.95, 0.73, 0.08), (0.10, 0.32, 0.68), (0.16, 0.56, 0.24)
+    grey, dark, black, white = (0.62, 0.64, 0.66), (0.25, 0.26, 0.28), (0.10, 0.10, 0.11), (0.93, 0.93, 0.91)
+    glass, lamp, orange = (0.45, 0.66, 0.80), (1.0, 0.93, 0.60), (0.96, 0.45, 0.06)
+    parts = []
+    # Below, lengths are in studs; x forward from -8 to 8, y to the left from -3 to 3, z = 0 at the frame.
+    parts += brick(-8, -2, 0, 16, 4, 0.6, dark, studs=False)                                      # frame
+    for x in (-5.6, -2.6, 5.0):                                                                   # wheels
+        for side in (-1, 1):
+            turn = turned("x", -90 * side)                                                        # its z axis points outwards
+            wheel = [Primitive("cylinder", (0, 0, 0), (1.45, 1.45, 0.62), black),
+                     Primitive("cylinder", (0, 0, 0.1), (0.85, 0.85, 0.6), grey),
+                     Primitive("cylinder", (0, 0, 0.2), (0.32, 0.32, 0.62), red)]
+            wheel += [Primitive("ball", (0.58 * math.cos(a), 0.58 * math.sin(a), 0.7), (0.11,) * 3, dark) for a in np.arange(6) * math.pi / 3]
+            wheel += [Primitive("box", (1.42 * math.cos(a), 1.42 * math.sin(a), 0), (0.12, 0.14, 0.58), black, turned("z", math.degrees(a)))
+                      for a in np.arange(16) * math.pi / 8]                                        # tread
+            parts += placed(wheel, np.array([x, 2.55 * side, -0.3]), turn)
+    for y in (-3, 2):                                                                             # mudguards
+        parts += brick(3.4, y, 1.35, 3, 1, 0.4, blue)
+    parts += brick(7.2, -3, -0.2, 1, 6, 0.7, grey, studs=False)                                   # bumper
+    # Cab
+    parts += brick(2, -3, 0.6, 2, 6, 1.2, red, studs=False) + brick(4, -2, 0.6, 4, 4, 1.2, red, studs=False)
+    parts += brick(2, -3, 1.8, 6, 6, 1.2, red)                                                    # bonnet with studs
+    parts += [Primitive("box", (3.9, 0, 4.1), (1.65, 2.65, 1.15), glass)]                         # the windows are one block
+    for x, y in ((2.25, -2.75), (2.25, 2.75), (5.55, -2.75), (5.55, 2.75)):                       # of glass behind four posts
+        parts.append(Primitive("box", (x, y, 4.1), (0.25, 0.25, 1.13), red))
+    parts += [Primitive("box", (3.9, y, 4.1), (0.14, 0.1, 1.13), red) for y in (-2.7, 2.7)]
+    parts += brick(1.8, -3, 5.2, 4, 6, 0.5, red)                                                  # roof
+    parts += [Primitive("cylinder", (3.2, 0, 6.05), (0.5, 0.5, 0.35), dark), Primitive("ball", (3.2, 0, 6.4), (0.45, 0.45, 0.5), orange)]
+    parts.append(Primitive("box", (8.0, 0, 1.75), (0.1, 1.45, 0.85), dark, None, "checker", grey, 0.29))   # grille
+    for y in (-2.35, 2.35):
+        parts += [Primitive("cylinder", (8.0, y, 2.1), (0.48, 0.48, 0.2), grey, turned("y", 90)),
+                  Primitive("ball", (8.15, y, 2.1), (0.22, 0.38, 0.38), lamp), Primitive("box", (8.22, y, 0.15), (0.1, 0.5, 0.18), orange)]
+    parts += [rod((5.9, 2.3, 3.0), (6.6, 2.6, 7.9), 0.07, dark), Primitive("ball", (6.6, 2.6, 7.9), (0.16,) * 3, red)]   # antenna
+    parts += [rod((1.5, -2.5, 0.6), (1.5, -2.5, 6.9), 0.2, grey), rod((1.5, 2.5, 0.6), (1.5, 2.5, 6.9), 0.2, grey)]      # exhausts
+    for y in (-1, 1):                                                                             # mirrors
+        parts += [rod((5.4, 2.9 * y, 3.6), (5.9, 3.6 * y, 3.9), 0.07, dark), Primitive("box", (5.9, 3.7 * y, 4.1), (0.08, 0.25, 0.45), dark)]
+    # Bed, tipped by ten degrees about its rear edge
+    bed = brick(0, -3, 0, 9, 6, 0.5, grey)
+    for y in (-3, 2):
+        for row in range(3):                                                                      # walls, bricks in running bond
+            x = 0
+            for n in ((3, 3, 3), (1, 4, 4), (2, 4, 3))[row]:
+                bed += brick(x, y, 0.5 + 1.0 * row, n, 1, 1.0, yellow, studs=row == 2)
+                x += n
+    bed += brick(8, -2, 0.5, 1, 4, 3.0, yellow)                                                   # front wall
+    bed.append(Primitive("box", (-0.12, 0, 1.9), (0.12, 2.9, 1.5), yellow, None, "stripes", black, 0.55))   # tailboard
+    bed += [Primitive("box", (4.5, y, 1.5), (3.4, 0.05, 0.5), white, None, "checker", blue, 0.25) for y in (-3.02, 3.02)]
+    for y in (-2.5, 2.5):                                                                         # railing
+        bed += [rod((x, y, 3.5), (x, y, 4.6), 0.06, dark) for x in np.linspace(0.5, 8.5, 9)] + [rod((0.4, y, 4.6), (8.6, y, 4.6), 0.08, dark)]
+    bed += brick(1, -2, 0.5, 2, 4, 1.0, blue) + brick(3, -2, 0.5, 3, 2, 1.0, green) + brick(3, 0, 0.5, 2, 2, 1.0, white)   # load
+    bed += brick(1, -1, 1.5, 2, 2, 1.0, orange) + placed(brick(-1, -1, 0, 2, 2, 1.0, red), np.array([6.6, 0.5, 0.62]), turned("z", 33))
+    bed += [Primitive("ball", (4.0, -1.0, 2.35), (0.85,) * 3, yellow, None, "stripes", red, 0.3)]
+    parts += placed(bed, np.array([-8.0, 0, 1.0]), turned("y", -10))
+    parts += [rod((-1.2, y, 0.4), (-1.2, y, 2.2), 0.25, grey) for y in (-1, 1)]                   # what lifts it
+    lean = [rod((-6.4, -3.85, -0.9), (-6.4, -3.2, 3.4), 0.07, grey), rod((-5.2, -3.85, -0.9), (-5.2, -3.2, 3.4), 0.07, grey)]
+    lean += [rod((-6.4, -3.85 + 0.65 * f, -0.9 + 4.3 * f), (-5.2, -3.85 + 0.65 * f, -0.9 + 4.3 * f), 0.06, grey) for f in np.linspace(0.08, 0.95, 8)]
+    parts += lean                                                                                 # ladder
+    s = 0.135                                                                                     # metres per stud
+    return [replace(p, centre=(s * p.centre[0], s * p.centre[1], s * (p.centre[2] - 2.4)), half=tuple(s * h for h in p.half), period=s * p.period)
+            for p in parts]
+
+
+def load_bricks(split: str, size: int | None, bg: Tensor) -> Views:
+    """The built-in truck through cameras like those of the Blender set: angle of view 0.6911112 rad, 4.031 from the middle.
+
+    "train": 100, "val": 25 positions on the upper hemisphere from a fixed seed; "test": 25 on a full turn at 15 to 45
+    degrees. size None: 200 px. Any size, at a cost that
+    grows with the number of pixels: 100 px takes about 15 s of one core, 800 px many minutes.
+    """
+    size = 200 if size is None else size
+    if size < 1:
+        raise UserError(f"--size {size} must be at least 1 pixel")
+    if split == "test":
+        turn = 2 * np.pi * np.arange(25) / 25
+        elevation = np.radians(30 + 15 * np.cos(2 * turn))
+    else:
+        rng = np.random.default_rng({"train": 0, "val": 1}[split])
+        u = rng.random((100 if split == "train" else 25, 2))
+        turn, elevation = 2 * np.pi * u[:, 0], np.arcsin(0.08 + 0.9 * u[:, 1])     # uniform over the sphere's area
+    c2w = torch.tensor(np.stack([orbit_pose(a, e, 4.0311289) for a, e in zip(turn, elevation)]), dtype=torch.float32)
+    focal = 0.5 * size / math.tan(0.5 * 0.6911112070083618)
+    K = _intrinsics(focal, focal, size / 2, size / 2)
+    images, alpha, depth = render_primitives(truck(), c2w, K, size, size, bg)
+    return Views(images, c2w, K, alpha, depth, [f"{split}/r_{v}" for v in range(len(c2w))])
+
+
+def orbit_pose(azimuth: float, elevation: float, radius: float, centre=(0, 0, 0)) -> np.ndarray:
+    """(3, 4) camera at the given angles (radians) and distance from `centre`, looking at it, z upwards."""
+    out = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
+    return look_at(np.asarray(centre) + radius * out, centre)
+
+
+# -------------------------------------------------------------------------------------------------------- scene look-up
+
+BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+BUILTIN_SCENES = ("bricks",)
+
+
+def load_scene(name: str, data: str | Path, size: int | None = None, bg="white", train_split: str = "train", test: bool = True) -> Scene:
+    """Find and load a scene.
+
+    name: "bricks" (built in), a path, or a name under `data`, data/nerf_synthetic or data/nerf_llff_data. What it is, its
+    files tell: transforms_*.json = Blender, poses_bounds.npy = LLFF. A well-known scene that is not on disk is replaced by
+    "bricks", loudly: look at scene.kind == "builtin".
+    size: longer image side in pixels, None = as on disk. bg: "white" | "black" | "grey" | three numbers in [0, 1].
+    train_split: "train" | "val" | "trainval" (LLFF: "train" only). test=False: scene.test has no views.
+    """
+    bg = background(bg)
+    splits = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"]}.get(train_split)
+    if splits is None:
+        raise UserError(f"train split {train_split!r} does not exist: train, val or trainval")
+    folder = None if name in BUILTIN_SCENES else find_scene(name, Path(data))
+    if folder is not None and (folder / "poses_bounds.npy").is_file():
+        if train_split != "train":
+            raise UserError(f"{folder}: an LLFF scene has no split {train_split!r}: use train")
+        train, held_out = load_llff(folder, size, bg)
+        # In NDC the mean camera sees [-1, 1]^2; the others lean out of it at the far end (fern: to 1.43). z = 1 is infinity.
+        aabb = torch.tensor([[-1.5, -1.5, -1.0], [1.5, 1.5, 1.0]])
+        return Scene(folder.name, "llff", train, held_out if test else _no_views(train), aabb, 0.0,
+                     float((aabb[1] - aabb[0]).norm()), bg, True)
+    read = (lambda split: load_bricks(split, size, bg)) if folder is None else (lambda split: load_blender(folder, split, size, bg))
+    train = read(splits[0])
+    for split in splits[1:]:
+        train = join_views(train, read(split))
+    held_out = read("test") if test else _no_views(train)
+    if held_out.images.shape[1:] != train.images.shape[1:]:
+        raise UserError(f"{folder}: test images are {_wh(held_out.images[0])}, training images {_wh(train.images[0])}: they must agree")
+    aabb = torch.tensor([[-1.5] * 3, [1.5] * 3])
+    name, kind = ("bricks", "builtin") if folder is None else (folder.resolve().name, "blender")
+    return Scene(name, kind, train, held_out, aabb, 2.0, 6.0, bg, False)
+
+
+def background(bg) -> Tensor:
+    """"white" | "black" | "grey" | three numbers in [0, 1] -> (3,)."""
+    named = {"white": (1.0,) * 3, "black": (0.0,) * 3, "grey": (0.5,) * 3}
+    try:
+        colour = torch.tensor([float(c) for c in (named[bg] if isinstance(bg, str) else bg)])
+        assert colour.shape == (3,) and bool(((colour >= 0) & (colour <= 1)).all())
+    except (KeyError, TypeError, ValueError, AssertionError):
+        raise UserError(f"background {bg!r}: use white, black, grey, or three numbers from 0 to 1") from None
+    return colour
+
+
+def find_scene(name: str, data: Path) -> Path | None:
+    """The folder of a scene; None = a well-known scene that is not here (said on stderr); UserError if unknown or no scene."""
+    places = [Path(name), data / name, data / "nerf_synthetic" / name, data / "nerf_llff_data" / name] if name else []
+    folder = next((p for p in places if p.is_dir()), None)
+    if folder is not None:
+        if not any(folder.glob("transforms_*.json")) and not (folder / "poses_bounds.npy").is_file():
+            raise UserError(f"{folder}: neither transforms_train.json nor poses_bounds.npy in it: not a scene, or an incomplete one")
+        return folder
+    if name in BLENDER_SCENES + LLFF_SCENES:
+        how = f"python common.py download {name}" if name in BLENDER_SCENES else f"put it at {data / 'nerf_llff_data' / name}"
+        rule = "!" * 100
+        print(f"{rule}\n!!  Scene '{name}' is not under {data}: USING THE BUILT-IN SCENE 'bricks' INSTEAD.\n"
+              f"!!  Numbers from this run are not numbers for {name}.  For the real one:  {how}\n{rule}", file=sys.stderr, flush=True)
+        return None
+    found = {f.parent.name for pattern in ("transforms_train.json", "poses_bounds.npy") for depth in ("*", "*/*") for f in data.glob(f"{depth}/{pattern}")}
+    raise UserError(f"scene {name!r} not found: no such folder, and under {data} there is {', '.join(sorted(found)) or 'no scene'}; "
+                    f"built in: {', '.join(BUILTIN_SCENES)}; give a path, --data, or one of these names")
+
+
+def _no_views(like: Views) -> Views:
+    none = lambda x: None if x is None else x[:0]
+    return Views(like.images[:0], like.c2w[:0], like.K if like.K.dim() == 2 else like.K[:0], none(like.alpha), none(like.depth), [])
+
+
+# ------------------------------------------------------------------------------------------------------- occupancy grid
+
+class OccupancyGrid(nn.Module):
+    """Which cells of the box hold anything (Instant NGP's idea, nerfacc's rule).
+
+    After an update:  ema = max(decay * ema, sigma * step) where a cell was looked at,
+                      occupied = ema > min(mean(ema), threshold).
+    sigma * step is about the opacity of one sample. All cells count as occupied until the first update.
+    Buffers: ema (G, G, G), occupied (G, G, G) bool, aabb (2, 3); cell (i, j, k) spans aabb[0] + (i..i+1, ...) * extent / G.
+    """
+    def __init__(self, aabb: Tensor, resolution: int = 128, decay: float = 0.95, threshold: float = 0.01):
+        super().__init__()
+        G = resolution
+        self.decay, self.threshold = decay, threshold
+        self.register_buffer("aabb", aabb.clone())
+        self.register_buffer("ema", torch.zeros(G, G, G))
+        self.register_buffer("occupied", torch.ones(G, G, G, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, density_fn: Callable, step_size: float, warm: bool, generator: torch.Generator | None = None) -> None:
+        """Look at the density again, once in each chosen cell, at a random point of it.
+
+        density_fn: (n, 3) world positions -> (n,) sigma. warm: all cells; later a quarter of them drawn at random (with
+        replacement) plus the occupied ones (at most a quarter more), half the price.
+        """
+        G, device = self.ema.shape[0], self.ema.device
+        total = G ** 3
+        if warm:
+            cells = torch.arange(total, device=device)
+        else:
+            chosen = torch.zeros(total, dtype=torch.bool, device=device)     # a mask, so that no cell comes twice
+            chosen[torch.randint(total, (total // 4,), device=device, generator=generator)] = True
+            full = self.occupied.flatten().nonzero().squeeze(1)
+            if len(full) > total // 4:
+                full = full[torch.randint(len(full), (total // 4,), device=device, generator=generator)]
+            chosen[full] = True
+            cells = chosen.nonzero().squeeze(1)
+        ijk = torch.stack([cells // (G * G), cells // G % G, cells % G], -1)
+        u = (ijk + torch.rand(len(cells), 3, device=device, generator=generator)) / G
+        x = self.aabb[0] + u * (self.aabb[1] - self.aabb[0])
+        sigma = torch.cat([density_fn(part).reshape(-1).float() for part in x.split(1 << 18)])   # bounded memory
+        ema = self.ema.view(-1)
+        ema[cells] = torch.maximum(ema[cells] * self.decay, sigma * step_size)
+        self.occupied.copy_(self.ema > self.ema.mean().clamp_max(self.threshold))
+
+
+# --------------------------------------------------------------------------------------------------- spherical harmonics
+
+def spherical_harmonics(d: Tensor, degree: int = 4) -> Tensor:
+    """Real spherical harmonics of unit directions, bands 0 .. degree-1: (N, 3) -> (N, degree**2), orthonormal on the sphere.
+
+    Column l*l + l + m holds Y_l^m. A field sees these instead of d itself: few, smooth, and of known frequency.
+    Raises ValueError unless degree is 1, 2, 3 or 4.
+    """
+    if degree not in (1, 2, 3, 4):
+        raise ValueError(f"degree must be 1, 2, 3 or 4, not {degree}")
+    x, y, z = d.unbind(-1)
+    xx, yy, zz = x * x, y * y, z * z
+    out = [torch.full_like(x, 0.28209479177387814)]
+    if degree > 1:
+        c = 0.4886025119029199
+        out += [-c * y, c * z, -c * x]
+    if degree > 2:
+        c = 1.0925484305920792
+        out += [c * x * y, -c * y * z, 0.31539156525252005 * (3 * zz - 1), -c * x * z, 0.5462742152960396 * (xx - yy)]
+    if degree > 3:
+        a, b, c = 0.5900435899266435, 2.890611442640554, 0.4570457994644658
+        out += [-a * y * (3 * xx - yy), b * x * y * z, -c * y * (5 * zz - 1), 0.3731763325901154 * z * (5 * zz - 3),
+                -c * x * (5 * zz - 1), 0.5 * b * z * (xx - yy), -a * x * (xx - 3 * yy)]
+    return torch.stack(out, -1)
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """-10 log10 mean((a - b)^2) in dB, for images in [0, 1] of any shape. An error of 0.1 everywhere gives 20 dB."""
+    return -10 * torch.log10(((a - b) ** 2).mean())
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of two images (H, W, 3) in [0, 1]; 1 = equal.
+
+    Per pixel and channel (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(sa^2 + sb^2 + C2)), C1 = 0.01^2, C2 = 0.03^2,
+    means and (co)variances under an 11x11 Gaussian window, sigma 1.5; averaged over all places where the window fits.
+    """
+    if min(a.shape[:2]) < 11:
+        raise UserError(f"SSIM needs pictures of at least 11x11 px, not {_wh(a)}: use a larger --size")
+    g = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=a.dtype) - 5) / 1.5) ** 2)
+    g = g / g.sum()
+    a, b = a.permute(2, 0, 1)[:, None], b.permute(2, 0, 1)[:, None]                    # (3, 1, H, W)
+    blur = lambda x: F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    C1, C2 = 0.01 ** 2, 0.03 ** 2
+    return (((2 * ma * mb + C1) * (2 * cov + C2)) / ((ma * ma + mb * mb + C1) * (va + vb + C2))).mean()
+
+
+# --------------------------------------------------------------------------------------------- camera paths and pictures
+
+def orbit_poses(n: int, radius: float, elevation_deg: float = 30.0, centre=(0.0, 0.0, 0.0)) -> Tensor:
+    """n cameras (n, 3, 4) on a full turn around `centre`, z upwards."""
+    return torch.tensor(np.stack([orbit_pose(2 * np.pi * i / n, np.radians(elevation_deg), radius, centre) for i in range(n)]), dtype=torch.float32)
+
+
+def turntable(scene: Scene, n: int) -> Tensor:
+    """A closed camera path (n, 3, 4) that suits the scene: an orbit at the training cameras' distance, or, for a
+    forward-facing scene, an ellipse within them that keeps looking at a point 4 units ahead."""
+    if not scene.ndc:
+        centre = scene.aabb.mean(0).cpu()
+        radius = float((scene.train.c2w[:, :, 3].cpu() - centre).norm(dim=-1).mean())
+        return orbit_poses(n, radius, 30.0, centre.tolist())
+    reach = 0.7 * scene.train.c2w[:, :2, 3].abs().quantile(0.9, dim=0).cpu().numpy()
+    turn = 2 * np.pi * np.arange(n) / n
+    path = [look_at((reach[0] * np.cos(a), reach[1] * np.sin(a), 0), (0, 0, -4), (0, 1, 0)) for a in turn]
+    return torch.tensor(np.stack(path), dtype=torch.float32)
+
+
+def _bytes(image: Tensor) -> np.ndarray:
+    image = image.detach().float().cpu().nan_to_num(0).clamp(0, 1)
+    return (image.expand(*image.shape[:2], max(3, image.shape[2])) * 255 + 0.5).byte().numpy()
+
+
+def save_png(path: str | Path, image: Tensor) -> None:
+    """Write (H, W, 1 | 3 | 4) in [0, 1] as an 8-bit PNG."""
+    iio.imwrite(path, _bytes(image), extension=".png")
+
+
+def save_video(path: str | Path, frames: list[Tensor], fps: int = 30) -> None:
+    """Write frames (H, W, 3) in [0, 1] as .mp4 (H.264) or .gif, by the name's ending."""
+    stack = np.stack([_bytes(frame) for frame in frames])
+    if Path(path).suffix == ".gif":
+        iio.imwrite(path, stack, duration=1000 / fps, loop=0)
+        return
+    H, W = stack.shape[1:3]
+    stack = np.pad(stack, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")       # H.264 wants even sides
+    iio.imwrite(path, stack, fps=fps, codec="libx264", macro_block_size=2)
+
+
+def colour_map(x: Tensor, lo: float, hi: float) -> Tensor:
+    """Numbers -> colours, (...) -> (..., 3): dark blue at lo, green in the middle, dark red at hi (polynomial fit of Turbo)."""
+    x = ((x - lo) / max(hi - lo, 1e-12)).nan_to_num(0).clamp(0, 1)[..., None]
+    powers = torch.cat([x ** k for k in range(6)], -1)
+    fit = torch.tensor([[0.13572138, 4.61539260, -42.66032258, 132.13108234, -152.94239396, 59.28637943],
+                        [0.09140261, 2.19418839, 4.84296658, -14.18503333, 4.27729857, 2.82956604],
+                        [0.10667330, 12.64194608, -60.58204836, 110.36276771, -89.90310912, 27.34824973]], device=x.device, dtype=x.dtype)
+    return (powers @ fit.T).clamp(0, 1)
+
+
+def strip(truth: Tensor, render: Tensor, depth: Tensor, near: float, far: float) -> Tensor:
+    """(H, 4W, 3): ground truth | render | mean absolute error, 0 to 0.25 | depth, near to far. truth, render (H, W, 3), depth (H, W)."""
+    error = (truth - render).abs().mean(-1)
+    return torch.cat([truth, render.clamp(0, 1), colour_map(error, 0.0, 0.25), colour_map(depth, near, far)], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+def plain(value):
+    """The same value out of dict, list, str, int, float, bool and None only. NaN and infinity become None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """write(file) into a temporary file beside `path`, then put it in place: whoever looks sees the old file or the new
+    one, never half of one, also after a power cut."""
+    temp = path.with_name(path.name + ".tmp")
+    with open(temp, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+
+
+def _write_json(path: Path, value) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(plain(value), indent=1, allow_nan=False).encode()))
+
+
+def environment() -> dict:
+    """What a number depends on: versions, device, git commit of this repository, date, command line."""
+    def git(*words):
+        try:
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+            return done.stdout.strip() if done.returncode == 0 else None
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    changes = git("status", "--porcelain")
+    return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "triton", "numpy")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cpu": cpu, "threads": torch.get_num_threads(),
+            "commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv}
+
+
+class Run:
+    """A run's folder: args.json, env.json, metrics.jsonl, summary.json, ckpt.pt. It never overwrites another run.
+
+    out None: runs/<method>-<scene>-<time>, else exactly `out`. resume: the folder of the run to continue.
+    Raises UserError if the folder holds a run and resume is off, if resume finds none, or if it cannot be written.
+    """
+    def __init__(self, method: str, scene_name: str, out: str | Path | None, args: dict, resume: bool = False):
+        self.identity, self.args = {"method": method, "scene": scene_name}, plain(args)
+        if resume:
+            if out is None:
+                raise UserError("--resume needs --out DIR, the folder of the run to continue")
+            self.path = Path(out)
+            if not (self.path / "ckpt.pt").is_file():
+                raise UserError(f"{self.path}: no ckpt.pt to resume from: check --out, or leave --resume away to start afresh")
+            return
+        name = f"{method}-{scene_name}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.path = Path(out) if out is not None else Path("runs") / name
+        try:
+            n = 1
+            while out is None and self.path.exists():                   # two runs started within a second
+                n += 1
+                self.path = Path("runs") / f"{name}-{n}"
+            if any((self.path / f).exists() for f in ("args.json", "ckpt.pt", "metrics.jsonl")):
+                raise UserError(f"{self.path}: already holds a run: --resume to continue it, or another --out")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / "args.json", self.args)
+            _write_json(self.path / "env.json", environment())
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}): choose another --out") from None
+
+    def log(self, **metrics) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(plain(metrics), allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of metrics.jsonl after `step`: a resumed run will write them again. Half a line at the end goes too."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+    def summary(self, **values) -> None:
+        """Write summary.json."""
+        _write_json(self.path / "summary.json", values)
+
+    def save(self, state: dict) -> None:
+        """Write ckpt.pt, whole or not at all. state: tensors and plain values; method, scene and args are added."""
+        everything = {**self.identity, "args": self.args, **state}
+        write_whole(self.path / "ckpt.pt", lambda file: torch.save(everything, file))
+
+    def load(self, expect: dict | None = None) -> dict:
+        """Read ckpt.pt onto the CPU. UserError if it is broken, of another method or scene, or if one of `expect`
+        (name -> value, compared with the args it was saved with) differs."""
+        path = self.path / "ckpt.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            args = state["args"]
+        except Exception as error:                                      # zip, pickle, EOF, key, type: all mean the same here
+            raise UserError(f"{path}: not a usable checkpoint ({type(error).__name__}): start afresh with another --out") from None
+        for key, value in {**self.identity, **(expect or {})}.items():
+            saved = [d[key] for d in (state, args) if key in d and not isinstance(d[key], Tensor)]
+            if plain(value) not in saved:
+                raise UserError(f"{path}: of another run: {key} was {saved[0] if saved else 'not set'}, now {plain(value)}: give the same {key}, or another --out")
+        return state
+
+
+def random_state() -> dict:
+    """All random states, as tensors and plain numbers (loadable with weights_only=True)."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+            "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]]}
+
+
+def set_random_state(state: dict) -> None:
+    """The inverse of random_state()."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+class Progress:
+    """One line: step, values, time left. Rewritten in place on a terminal, printed every 10 s elsewhere."""
+    def __init__(self, total: int, start: int = 0):
+        self.total, self.start, self.began, self.last = total, start, time.monotonic(), -math.inf
+        self.tty = sys.stdout.isatty()
+
+    def __call__(self, step: int, **values) -> None:
+        """values: numbers, shown as name value; a Tensor is read only when the line is shown (reading one waits for the GPU)."""
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.tty else 10) and step < self.total:
+            return
+        self.last = now
+        left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
+        shown = "  ".join(f"{name} {float(v):.4g}" for name, v in values.items())
+        line = f"step {step}/{self.total}  {shown}  {left:.0f} s left"
+        print(f"\r{line:<100}" if self.tty else line, end="" if self.tty else "\n", flush=True)
+
+    def close(self) -> None:
+        if self.tty:
+            print(flush=True)
+
+
+class Stopwatch:
+    """Adds up the seconds between start() and stop(); waits for the GPU at both ends, so that its work is counted."""
+    def __init__(self, device="cpu", seconds: float = 0.0):
+        self.device, self.seconds, self.began = torch.device(device), seconds, None
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.began = self._now()
+
+    def stop(self) -> float:
+        """-> all seconds so far."""
+        if self.began is not None:
+            self.seconds, self.began = self.seconds + self._now() - self.began, None
+        return self.seconds
+
+
+def peak_memory_mb(device="cpu") -> float:
+    """Largest memory so far in MiB: of PyTorch on a CUDA device, of the whole process on a CPU (nan on Windows)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+@dataclass
+class Compare:
+    """A Markdown table of finished runs, and one picture with their first test views below each other."""
+    runs: tyro.conf.Positional[list[Path]]
+    """Run folders."""
+    out: Path = Path("compare.png")
+    """Where the picture goes."""
+
+    def __call__(self) -> None:
+        if not self.runs:
+            raise UserError("compare needs at least one run folder: python common.py compare runs/A runs/B")
+        print(compare(self.runs))
+        pictures = [(run, read_image(run / "test_000.png")[..., :3]) for run in self.runs if (run / "test_000.png").is_file()]
+        if pictures:
+            W = max(image.shape[1] for _, image in pictures)
+            rows = [np.pad(image, ((0, 4), (0, W - image.shape[1]), (0, 0)), constant_values=1) for _, image in pictures]
+            try:
+                save_png(self.out, torch.from_numpy(np.concatenate(rows)))
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be written ({error.strerror}): choose another --out") from None
+            print(f"\n{self.out}, from top to bottom (ground truth | render | error | depth): " + ", ".join(run.name for run, _ in pictures))
+
+
+def compare(runs: list[Path]) -> str:
+    """The table of `python common.py compare`: each run's end; its PSNR at the largest step that all runs evaluated; and
+    its PSNR at the largest training time that all reached, linear between evaluations. "-" where a run does not say."""
+    summaries, curves = [], []
+    for run in runs:
+        try:
+            summaries.append(json.loads((run / "summary.json").read_text()))
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run}: not a finished run ({error}): it needs summary.json and metrics.jsonl") from None
+        curves.append([line for line in lines if None not in (line.get("step"), line.get("train_seconds"), line.get("psnr"))])
+    shared = set.intersection(*({line["step"] for line in curve} for curve in curves))
+    step = max(shared) if shared else None
+    seconds = min((curve[-1]["train_seconds"] for curve in curves), default=None) if all(curves) else None
+
+    def cell(value, digits):
+        return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
+    table = [["run", "method", "scene", "data", "px", "steps", "train s", "MB", "PSNR", "SSIM",
+              "PSNR at equal steps" + (f" ({step})" if step is not None else ""), "PSNR at equal seconds" + (f" ({seconds:.0f})" if seconds is not None else "")]]
+    table.append(["---"] * 5 + ["---:"] * 7)
+    for run, s, curve in zip(runs, summaries, curves):
+        at_step = next((line["psnr"] for line in curve if line["step"] == step), None)
+        at_time = None if seconds is None else float(np.interp(seconds, [c["train_seconds"] for c in curve], [c["psnr"] for c in curve]))
+        table.append([run.name, *(cell(s.get(k), 0) for k in ("method", "scene", "data", "size", "steps")), cell(s.get("train_seconds"), 1),
+                      cell(s.get("peak_memory_mb"), 0), cell(s.get("psnr"), 2), cell(s.get("ssim"), 4), cell(at_step, 2), cell(at_time, 2)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+@dataclass
+class Download:
+    """Fetch a Blender scene (chair, drums, ficus, hotdog, lego, materials, mic, ship) into DATA/nerf_synthetic/SCENE."""
+    scene: tyro.conf.Positional[str]
+    """Name of the scene."""
+    data: Path = Path(os.environ.get("NERF_DATA", "data"))
+    """The data folder; default: the environment variable NERF_DATA, else data."""
+    url: str | None = None
+    """A zip archive to take instead of the public mirror's."""
+
+    def __call__(self) -> None:
+        download(self.scene, self.data, self.url)
+
+
+MIRROR = "https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/resolve/main/blender/{}.zip"
+
+
+def download(scene: str, data: Path, url: str | None = None) -> Path:
+    """Fetch and unpack a scene's zip archive -> data/nerf_synthetic/SCENE, which appears only when it is complete.
+
+    What has arrived is kept in SCENE.zip.part, and the next call asks the server for the rest. Raises UserError for a
+    failed or cut transfer, for something that is no zip archive or no scene, and for an archive with a path or link that
+    would leave the folder (nothing of it is unpacked).
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", scene):
+        raise UserError(f"{scene!r} is not a scene's name: letters, digits, '-', '_' and '.' only")
+    if url is None and scene not in BLENDER_SCENES:
+        raise UserError(f"the mirror has no scene {scene!r}: choose one of {', '.join(BLENDER_SCENES)}, or give --url")
+    folder = data / "nerf_synthetic" / scene
+    if folder.exists():
+        raise UserError(f"{folder}: is there already: use it, or remove it first to fetch it again")
+    part = folder.with_name(scene + ".zip.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fetch(url or MIRROR.format(scene), part)
+        unpack(part, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): free some space, or choose another --data") from None
+    part.unlink()
+    print(f"{folder} is ready")
+    return folder
+
+
+def fetch(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of the file at `url`, through HTTP Range where the server knows it."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "python", **({"Range": f"bytes={have}-"} if have else {})})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            if reply.status != 206:                                     # the server starts at the beginning, so do we
+                have = 0
+            length = reply.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            print(f"{url}: {total / 1e6:.1f} MB" if total else f"{url}: size unknown", f"({have / 1e6:.1f} MB are here already)" if have else "")
+            progress = Progress(max(1, (total or 0) >> 20), have >> 20)
+            with open(part, "r+b" if have else "wb") as file:
+                file.seek(have)
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    have += len(block)
+                    progress(min(have >> 20, progress.total), MB=have / 1e6)
+            progress.close()
+    except urllib.error.HTTPError as error:
+        if error.code == 416:                                           # nothing lacks: complete, or not the same file any more
+            if error.headers.get("Content-Range", "").strip() == f"bytes */{have}":
+                return
+            part.unlink()
+            raise UserError(f"{url}: has changed since {part.name} was begun: run the command again") from None
+        raise UserError(f"{url}: the server says {error.code} {error.reason}: check the name, or give another --url") from None
+    except (urllib.error.URLError, http.client.HTTPException, ValueError, TimeoutError, ConnectionError) as error:
+        raise UserError(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}: run the command again, "
+                        f"it goes on from {have / 1e6:.1f} MB; or check --url and the network") from None
+    if total is not None and have < total:
+        raise UserError(f"{url}: cut at {have / 1e6:.1f} of {total / 1e6:.1f} MB: run the command again, it goes on from there")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a scene's zip archive as `folder`; whether its files lie at the root or in one top folder does not matter."""
+    temp = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for entry in zipped.infolist():
+                path = PurePosixPath(entry.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in entry.filename or stat.S_ISLNK(entry.external_attr >> 16):
+                    raise UserError(f"{archive}: refused, {entry.filename!r} in it would leave the folder: find another source")
+            zipped.extractall(temp)                                     # checks every file's CRC
+        top = temp
+        if not (top / "transforms_train.json").is_file():
+            top = next((f.parent for f in sorted(temp.glob("*/transforms_train.json"))), None)
+        if top is None:
+            raise UserError(f"{archive}: has no transforms_train.json: not a Blender scene; remove it and give another --url")
+        os.replace(top, folder)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        archive.unlink()
+        raise UserError(f"{archive}: was not a good zip archive ({error}) and is removed: run the command again, or give another --url") from None
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+@dataclass
+class Bricks:
+    """Write the built-in scene as files in Blender's layout: something to look at, and to load again."""
+    out: Path
+    """An empty or new folder."""
+    size: int = 200
+    """Image side in pixels."""
+
+    def __call__(self) -> None:
+        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            raise UserError(f"--out {self.out}: exists and is not an empty folder: choose another --out")
+        for split in ("train", "val", "test"):
+            views = load_bricks(split, self.size, torch.zeros(3))       # on black: images are colour * alpha
+            try:
+                (self.out / split).mkdir(parents=True)
+                for image, alpha, name in zip(views.images, views.alpha, views.names):
+                    save_png(self.out / f"{name}.png", torch.cat([image / alpha.clamp_min(1e-6)[..., None], alpha[..., None]], -1))
+                last_row = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+                frames = [{"file_path": f"./{name}", "transform_matrix": torch.cat([c2w, last_row]).tolist()} for name, c2w in zip(views.names, views.c2w)]
+                angle = 2 * math.atan(0.5 * self.size / float(views.K[0, 0]))
+                _write_json(self.out / f"transforms_{split}.json", {"camera_angle_x": angle, "frames": frames})
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be written ({error.strerror}): choose another --out") from None
+        print(f"{self.out}: 100 train, 25 val, 25 test views of {self.size} px")
+
+
+if __name__ == "__main__":
+    _one_line_errors(lambda: tyro.cli(Compare | Download | Bricks, description=__doc__), lambda command: command())

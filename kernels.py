@@ -1,0 +1,844 @@
+"""The operations under a radiance field: march along rays, blend samples, look features up. Slow mathematics beside the fast call.
+
+Every operation comes in the same six parts, so that one can be read after the other:
+    1. the maths            2. `x_ref`: plain PyTorch, the definition (any device, any float dtype)
+    3. Triton forward       4. Triton backward       5. `torch.autograd.Function`       6. the public `x(..., backend="auto")`
+
+    march         rays and an occupancy grid         -> packed samples            no gradient
+    composite     densities and colours of samples   -> colour, opacity, depth    gradient to sigmas, rgbs
+    hash_encode   positions and a hashed table       -> features                  gradient to table and positions
+
+Letters: R rays, N samples, C channels, L levels, F features a level.  Packed samples: those of ray r are the rows
+offsets[r]:offsets[r+1] of every (N, ...) tensor, so that rays may differ in length and none is padded.
+
+backend:  "reference"  the definition; autograd derives its backward
+          "torch"      hash_encode only: same forward, hand-written backward, several times faster on a CPU
+          "triton"     the kernels below (float32 or float64, in their input's precision)
+          "auto"       triton for CUDA tensors, otherwise the fastest of the others
+
+Nothing needs a GPU to be checked: with TRITON_INTERPRET=1 set before this file is imported, the kernels run on CPU tensors.
+    python kernels.py              check every operation against float64, then time it
+    python kernels.py --resources  registers, shared memory and spills of every kernel, compiled without a GPU
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+    NO_TRITON = ""
+except ImportError as error:                    # macOS, Windows: everything but backend="triton" works
+    NO_TRITON = f"Triton cannot be imported here ({error})"
+
+    class tl:                                   # just enough for the kernels below to be defined; none is ever called
+        constexpr = None
+
+    class triton:
+        jit = staticmethod(lambda function: function)
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+RAYS, BLOCK = 4, 32      # a program of march or composite: 4 rays, one warp each, 32 steps of the ray at a time (a full 128-byte line)
+POINTS = 128             # a program of hash_encode: this many positions, one level
+
+
+# ---------------------------------------------------------------------------------------------------- shared by the public calls
+def _backend(backend, offered, *tensors):
+    """Which implementation runs; says in one line why Triton cannot."""
+    if backend not in ("auto", "triton", *offered):
+        raise ValueError(f"backend {backend!r}: choose one of auto, triton, {', '.join(offered)}")
+    dtype, on_gpu = tensors[0].dtype, all(t.is_cuda for t in tensors)
+    if backend == "auto":
+        backend = "triton" if on_gpu and not NO_TRITON and dtype in (torch.float32, torch.float64) else offered[-1]
+    if backend == "triton":
+        if NO_TRITON:
+            raise RuntimeError(f'backend="triton": {NO_TRITON}')
+        if not on_gpu and not INTERPRET:
+            raise RuntimeError('backend="triton" needs CUDA tensors, these are on the CPU '
+                               "(to run the kernels there, set TRITON_INTERPRET=1 before importing kernels)")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f'backend="triton" takes float32 or float64, not {dtype}')
+    return backend
+
+
+def _check(name, tensor, shape, like=None, dtype=None):
+    """One clear line for a wrong shape (None: any size), dtype or device. `like` gives dtype (unless told) and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted ({wanted})")
+    dtype = dtype or (like.dtype if like is not None else None)
+    if (dtype is None and not tensor.is_floating_point()) or dtype not in (None, tensor.dtype):
+        raise ValueError(f"{name} has dtype {tensor.dtype}, wanted {dtype or 'a floating-point one'}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, the others on {like.device}")
+
+
+# ====================================================================================================================== 1. march
+# A ray o + t d meets the planes x = low_x and x = high_x at t = (low_x - o_x) / d_x and (high_x - o_x) / d_x; it is inside the box where it
+# is inside all three slabs: t_in = largest entry, t_out = smallest exit, cut to [near, far]. On the lattice t_k = t_in + (k + jitter) step,
+# the interval [t_k, t_k + step] is a sample when its middle lies before t_out and in an occupied cell of the grid.
+
+def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None):
+    """All R x S lattice points at once, S the longest ray's count, then keep those that hit."""
+    low, high = aabb
+    parallel = rays_d == 0                                                          # never leaves its slab, or never enters it
+    inverse = 1 / torch.where(parallel, 1.0, rays_d)
+    first, second = (low - rays_o) * inverse, (high - rays_o) * inverse             # (R, 3)
+    inside = (low <= rays_o) & (rays_o <= high)
+    always = torch.where(inside, math.inf, -math.inf).to(rays_o.dtype)              # a parallel ray's stay in its slab: (-inf, inf) or none
+    enter = torch.where(parallel, -always, torch.minimum(first, second))
+    leave = torch.where(parallel, always, torch.maximum(first, second))
+    t_in, t_out = enter.amax(1).clamp(min=near), leave.amin(1).clamp(max=far)       # (R,)
+    length = torch.where((t_out > t_in) & (t_out < math.inf), t_out - t_in, 0.0)    # 0: missed, or no direction, or NaN
+
+    steps = int(length.max() / step + 0.5) + 1 if len(rays_o) else 0
+    k = torch.arange(steps, device=rays_o.device).to(rays_o.dtype)                  # (S,)
+    t = t_in[:, None] + (k if jitter is None else k + jitter[:, None]) * step       # (R, S)
+    middle = t + 0.5 * step
+    hit = (middle < t_out[:, None]) & (length > 0)[:, None]
+    cell = torch.zeros_like(hit, dtype=torch.int32)
+    for axis, size in enumerate(occupied.shape):                                    # grid coordinates are linear in t
+        scale = 1 / (high[axis] - low[axis]) * size
+        place = (rays_d[:, axis] * scale)[:, None] * middle + ((rays_o[:, axis] - low[axis]) * scale)[:, None]
+        cell = cell * size + place.int().clamp_(0, size - 1)
+    hit &= occupied.reshape(-1)[cell]
+
+    t_starts = t[hit]
+    ray_ids = hit.nonzero()[:, 0]
+    offsets = nnf.pad(hit.sum(1).cumsum(0), (1, 0))
+    return t_starts, t_starts + step, offsets, ray_ids
+
+
+@triton.jit
+def _divide(a, b):
+    """Correctly rounded, as PyTorch divides (in float32, Triton's own / may be off in the last bit)."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _slab(o, d, low, high, t_in, t_out):
+    inverse = _divide(tl.full(d.shape, 1.0, d.dtype), tl.where(d == 0, 1.0, d).to(d.dtype))
+    first, second = (low - o) * inverse, (high - o) * inverse
+    inside = (low <= o) & (o <= high)
+    enter = tl.where(d == 0, tl.where(inside, float("-inf"), float("inf")), tl.minimum(first, second))
+    leave = tl.where(d == 0, tl.where(inside, float("inf"), float("-inf")), tl.maximum(first, second))
+    return tl.maximum(t_in, enter.to(d.dtype)), tl.minimum(t_out, leave.to(d.dtype))
+
+
+@triton.jit
+def _to_grid(o, d, low, high, size):
+    scale = _divide(tl.full(o.shape, 1.0, o.dtype), high - low + tl.zeros_like(o)) * size
+    return (o - low) * scale, d * scale
+
+
+@triton.jit
+def _cell(o, d, size, middle):
+    place = d[:, None] * middle + o[:, None]
+    return tl.minimum(tl.maximum(place.to(tl.int32), 0), size - 1)
+
+
+@triton.jit
+def _march_kernel(rays_o, rays_d, occupied, aabb, jitter, counts, offsets, t_starts, t_ends, ray_ids, R, X, Y, Z,
+                  step: "fp64", near: "fp64", far: "fp64", WRITE: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
+    """One body for both passes, compiled without fused multiply-adds: the counting and the writing pass must agree to the last bit."""
+    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
+    alive = r < R
+    dtype = rays_o.dtype.element_ty
+    ox, oy, oz = tl.load(rays_o + r * 3, alive, 0.0), tl.load(rays_o + r * 3 + 1, alive, 0.0), tl.load(rays_o + r * 3 + 2, alive, 0.0)
+    dx, dy, dz = tl.load(rays_d + r * 3, alive, 0.0), tl.load(rays_d + r * 3 + 1, alive, 0.0), tl.load(rays_d + r * 3 + 2, alive, 0.0)
+    x0, y0, z0 = tl.load(aabb), tl.load(aabb + 1), tl.load(aabb + 2)
+    x1, y1, z1 = tl.load(aabb + 3), tl.load(aabb + 4), tl.load(aabb + 5)
+    t_in, t_out = _slab(ox, dx, x0, x1, tl.full((RAYS,), near, dtype), tl.full((RAYS,), far, dtype))
+    t_in, t_out = _slab(oy, dy, y0, y1, t_in, t_out)
+    t_in, t_out = _slab(oz, dz, z0, z1, t_in, t_out)
+    number = ox + oy + oz + dx + dy + dz                                            # NaN where any is: minimum and maximum dropped it
+    length = tl.where(alive & (number == number) & (t_out > t_in) & (t_out < float("inf")), t_out - t_in, 0.0).to(dtype)
+    size = tl.full((RAYS,), step, dtype)
+    ox, dx = _to_grid(ox, dx, x0, x1, X)
+    oy, dy = _to_grid(oy, dy, y0, y1, Y)
+    oz, dz = _to_grid(oz, dz, z0, z1, Z)
+    steps = tl.max((_divide(length, size) + 0.5).to(tl.int32)) + 1
+    shift = tl.load(jitter + r, alive, 0.0)
+    done = tl.zeros((RAYS,), tl.int32)                                              # samples of the ray so far
+    begin = tl.load(offsets + r, alive, 0)
+    start = 0
+    while start < steps:
+        k = (start + tl.arange(0, BLOCK)).to(dtype)
+        t = t_in[:, None] + (k[None, :] + shift[:, None]) * size[:, None]
+        middle = t + 0.5 * size[:, None]
+        hit = (middle < t_out[:, None]) & (length > 0)[:, None]
+        cell = (_cell(ox, dx, X, middle) * Y + _cell(oy, dy, Y, middle)).to(tl.int64) * Z + _cell(oz, dz, Z, middle)
+        hit = hit & (tl.load(occupied + cell, hit, 0) != 0)
+        if WRITE:
+            slot = begin[:, None] + (done[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1)
+            tl.store(t_starts + slot, t, hit)
+            tl.store(t_ends + slot, t + size[:, None], hit)
+            tl.store(ray_ids + slot, tl.broadcast_to(r[:, None], (RAYS, BLOCK)), hit)
+        done += tl.sum(hit.to(tl.int32), 1)
+        start += BLOCK
+    if not WRITE:
+        tl.store(counts + r, done, alive)
+
+
+def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter):
+    """Two launches: count the samples of each ray, add the counts up, write the samples where they belong."""
+    R, device, dtype = len(rays_o), rays_o.device, rays_o.dtype
+    rays_o, rays_d, aabb, grid = rays_o.contiguous(), rays_d.contiguous(), aabb.contiguous(), occupied.contiguous().view(torch.uint8)
+    jitter = torch.zeros(R, dtype=dtype, device=device) if jitter is None else jitter.contiguous()
+    offsets = torch.zeros(R + 1, dtype=torch.int64, device=device)
+
+    def launch(t_starts, t_ends, ray_ids, write):
+        with torch.cuda.device_of(rays_o):
+            _march_kernel[triton.cdiv(R, RAYS),](rays_o, rays_d, grid, aabb, jitter, offsets[1:], offsets, t_starts, t_ends, ray_ids, R,
+                                                 *occupied.shape, step, near, far, write, RAYS, BLOCK, num_warps=RAYS, enable_fp_fusion=False)
+    if R:
+        launch(jitter, jitter, offsets, False)
+    offsets = offsets.cumsum(0)
+    N = int(offsets[-1])
+    t_starts, t_ends = (torch.empty(N, dtype=dtype, device=device) for _ in range(2))
+    ray_ids = torch.empty(N, dtype=torch.int64, device=device)
+    if N:
+        launch(t_starts, t_ends, ray_ids, True)
+    return t_starts, t_ends, offsets, ray_ids
+
+
+def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None, backend="auto"):
+    """Walk rays through an occupancy grid and emit packed samples.  No gradient.
+
+    rays_o, rays_d (R, 3) origins and unit directions, so that t is metric (a zero or NaN direction gives no samples); occupied (X, Y, Z) bool;
+    aabb (2, 3) lowest and highest corner of the grid; step, near, far in units of t; jitter (R,) in [0, 1) or None for 0 (evaluation).
+    Returns t_starts (N,), t_ends (N,) = t_starts + step, offsets (R+1,) int64, ray_ids (N,) int64.
+    Example: a ray along +x from the left face of a box 1 wide, all occupied, step 0.4: middles 0.2, 0.6 -> t_starts 0, 0.4 (1.0 is not < 1).
+    Bytes: 24 a ray in; out 16 a sample in float32 (two times, one int64); grid reads stay in cache (2 MB at 128^3), and both passes make them.
+    Raises ValueError (shape, dtype, device, step), RuntimeError (Triton asked for where it cannot run). Source: Instant-NGP, appendix E.
+    """
+    _check("rays_o", rays_o, (None, 3))
+    _check("rays_d", rays_d, (len(rays_o), 3), rays_o)
+    _check("occupied", occupied, (None, None, None), rays_o, torch.bool)
+    _check("aabb", aabb, (2, 3), rays_o, aabb.dtype)
+    if not (0 < step < math.inf):
+        raise ValueError(f"step must be positive and finite, not {step}")
+    if jitter is not None:
+        _check("jitter", jitter, (len(rays_o),), rays_o)
+    backend = _backend(backend, ("reference",), rays_o)
+    with torch.no_grad():
+        run = _march_triton if backend == "triton" else march_ref
+        return run(rays_o, rays_d, occupied, aabb.to(rays_o.dtype), float(step), float(near), float(far), jitter)
+
+
+# ================================================================================================================== 2. composite
+# NeRF eq. 3. With delta_i = t_end - t_start, tau_i = sigma_i delta_i and t_i the middle of the interval, along each ray
+#     T_i = exp(-sum_{j<i} tau_j)    alpha_i = 1 - exp(-tau_i)    w_i = T_i alpha_i
+#     rgb = sum w_i rgb_i            acc = sum w_i                depth = sum w_i t_i    (not divided by acc; no background)
+# Gradient: with g_i = dL/drgb . rgb_i + dL/dacc + t_i dL/ddepth + dL/dw_i
+#     dL/drgb_i = w_i dL/drgb        dL/dsigma_i = delta_i (g_i T_{i+1} - sum_{j>i} g_j w_j)
+# Both sums exclude their own term and start at their own end: never as total minus prefix. Behind an opaque surface such a difference
+# is 0 in float32, and where tau overflows it is inf - inf.
+
+def composite_ref(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0):
+    """Rays padded to the longest, (R, S), for the one sum along the ray; cumsum's own backward sums from the far end."""
+    counts = offsets[1:] - offsets[:-1]                                             # (R,)
+    R, S = len(counts), int(counts.max()) if len(counts) else 0
+    mask = torch.arange(S, device=counts.device) < counts[:, None]                  # (R, S), its true entries are the packed samples
+    ray = torch.repeat_interleave(counts, output_size=len(sigmas))                  # (N,)
+    t_starts, t_ends = t_starts.detach(), t_ends.detach()
+    tau = sigmas * (t_ends - t_starts)
+    before = nnf.pad(tau.new_zeros(R, S).masked_scatter(mask, tau), (1, 0))[:, :S].cumsum(1)    # moved on by one: the sum excludes its own
+    T = torch.exp(-before.masked_select(mask))                                      # (N,)
+    weights = T * torch.where(tau < 0.5, -torch.expm1(-tau), 1 - torch.exp(-tau))   # each where its value and its derivative keep their digits
+    if early_stop > 0:
+        weights = torch.where(T >= early_stop, weights, 0.0)
+    rgb = rgbs.new_zeros(R, rgbs.shape[1]).index_add(0, ray, weights[:, None] * rgbs)
+    acc = rgbs.new_zeros(R).index_add(0, ray, weights)
+    depth = rgbs.new_zeros(R).index_add(0, ray, weights * (0.5 * (t_starts + t_ends)))
+    return rgb, acc, depth, weights
+
+
+@triton.jit
+def _join(sum_a, but_last_a, sum_b, but_last_b):
+    return sum_a + sum_b, sum_a + but_last_b
+
+
+@triton.jit
+def _sum_before(x, REVERSE: tl.constexpr):
+    """Exclusive sums along axis 1 without a subtraction: scan pairs (sum of a stretch, sum of the stretch without its last element)."""
+    _, but_last = tl.associative_scan((x, tl.zeros_like(x)), 1, _join, reverse=REVERSE)
+    return but_last
+
+
+@triton.jit
+def _alpha(tau):
+    """1 - exp(-tau) to full relative precision, as expm1 would: the rounding of u = exp(-tau) cancels in (1 - u) / log(u)."""
+    u = tl.exp(-tau)
+    return tl.where(u == 1, tau, tl.where(u > 0.5, (u - 1) * tau / tl.log(u), 1 - u))
+
+
+@triton.jit
+def _composite_forward(sigmas, rgbs, t_starts, t_ends, offsets, rgb, acc, depth, weights, transmittance, R, early_stop: "fp64",
+                       C: tl.constexpr, CP: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
+    alive = r < R
+    dtype = sigmas.dtype.element_ty
+    begin, end = tl.load(offsets + r, alive, 0), tl.load(offsets + r + 1, alive, 0)
+    c = tl.arange(0, CP)
+    limit = tl.full((1, 1), early_stop, dtype)
+    tau_sum, acc_sum, depth_sum = tl.zeros((RAYS,), dtype), tl.zeros((RAYS,), dtype), tl.zeros((RAYS,), dtype)
+    rgb_sum = tl.zeros((RAYS, CP), dtype)
+    start, longest = 0, tl.max(end - begin).to(tl.int32)
+    while start < longest:
+        n = begin[:, None] + start + tl.arange(0, BLOCK)[None, :]                   # (RAYS, BLOCK)
+        ok = n < end[:, None]
+        t0, t1 = tl.load(t_starts + n, ok, 0.0), tl.load(t_ends + n, ok, 0.0)
+        tau = tl.load(sigmas + n, ok, 0.0) * (t1 - t0)
+        T = tl.exp(-(tau_sum[:, None] + _sum_before(tau, False)))
+        w = tl.where(T >= limit, T * _alpha(tau), 0.0).to(dtype)
+        colour = tl.load(rgbs + n[:, :, None] * C + c[None, None, :], ok[:, :, None] & (c < C)[None, None, :], 0.0)
+        rgb_sum += tl.sum(w[:, :, None] * colour, 1)
+        acc_sum += tl.sum(w, 1)
+        depth_sum += tl.sum(w * (0.5 * (t0 + t1)), 1)
+        tau_sum += tl.sum(tau, 1)
+        tl.store(weights + n, w, ok)
+        tl.store(transmittance + n, T, ok)
+        start += BLOCK
+    tl.store(rgb + r[:, None] * C + c[None, :], rgb_sum, alive[:, None] & (c < C)[None, :])
+    tl.store(acc + r, acc_sum, alive)
+    tl.store(depth + r, depth_sum, alive)
+
+
+@triton.jit
+def _composite_backward(sigmas, rgbs, t_starts, t_ends, offsets, transmittance, d_rgb, d_acc, d_depth, d_weights, d_sigmas, d_rgbs, R,
+                        early_stop: "fp64", C: tl.constexpr, CP: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of each ray from its far end; `behind` carries sum_{j>i} g_j w_j from block to block."""
+    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
+    alive = r < R
+    dtype = sigmas.dtype.element_ty
+    begin, end = tl.load(offsets + r, alive, 0), tl.load(offsets + r + 1, alive, 0)
+    c = tl.arange(0, CP)
+    limit = tl.full((1, 1), early_stop, dtype)
+    g_rgb = tl.load(d_rgb + r[:, None] * C + c[None, :], alive[:, None] & (c < C)[None, :], 0.0)
+    g_acc, g_depth = tl.load(d_acc + r, alive, 0.0), tl.load(d_depth + r, alive, 0.0)
+    behind = tl.zeros((RAYS,), dtype)
+    start = tl.cdiv(tl.max(end - begin).to(tl.int32), BLOCK) * BLOCK - BLOCK            # the longest ray's last block
+    while start >= 0:
+        n = begin[:, None] + start + tl.arange(0, BLOCK)[None, :]
+        ok = n < end[:, None]
+        t0, t1 = tl.load(t_starts + n, ok, 0.0), tl.load(t_ends + n, ok, 0.0)
+        tau = tl.load(sigmas + n, ok, 0.0) * (t1 - t0)
+        T = tl.load(transmittance + n, ok, 0.0)
+        seen = ok & (T >= limit)
+        w = tl.where(seen, T * _alpha(tau), 0.0).to(dtype)
+        some = ok[:, :, None] & (c < C)[None, None, :]
+        colour = tl.load(rgbs + n[:, :, None] * C + c[None, None, :], some, 0.0)
+        g = tl.sum(colour * g_rgb[:, None, :], 2) + g_acc[:, None] + (0.5 * (t0 + t1)) * g_depth[:, None]
+        if d_weights is not None:
+            g += tl.load(d_weights + n, ok, 0.0)
+        gw = tl.where(seen, g * w, 0.0).to(dtype)
+        after = behind[:, None] + _sum_before(gw, True)
+        d_sigma = tl.where(seen, (t1 - t0) * (g * T * tl.exp(-tau) - after), 0.0)
+        tl.store(d_sigmas + n, d_sigma, ok)
+        tl.store(d_rgbs + n[:, :, None] * C + c[None, None, :], w[:, :, None] * g_rgb[:, None, :], some)
+        behind += tl.sum(gw, 1)
+        start -= BLOCK
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigmas, rgbs, t_starts, t_ends, offsets, early_stop):
+        ctx.set_materialize_grads(False)
+        sigmas, rgbs, t_starts, t_ends, offsets = (a.contiguous() for a in (sigmas, rgbs, t_starts, t_ends, offsets))
+        R, C = len(offsets) - 1, rgbs.shape[1]
+        rgb, acc, depth = rgbs.new_empty(R, C), rgbs.new_empty(R), rgbs.new_empty(R)
+        weights, transmittance = torch.empty_like(sigmas), torch.empty_like(sigmas)
+        ctx.sizes = (R, early_stop, C, triton.next_power_of_2(C), RAYS, BLOCK)
+        if R:
+            with torch.cuda.device_of(sigmas):
+                _composite_forward[triton.cdiv(R, RAYS),](sigmas, rgbs, t_starts, t_ends, offsets, rgb, acc, depth, weights, transmittance,
+                                                          *ctx.sizes, num_warps=RAYS, enable_fp_fusion=True)
+        ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, offsets, transmittance)
+        return rgb, acc, depth, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rgb, d_acc, d_depth, d_weights):
+        sigmas, rgbs, *_ = saved = ctx.saved_tensors
+        R, _, C = ctx.sizes[:3]
+        d_rgb, d_acc, d_depth = (sigmas.new_zeros(shape) if d is None else d.contiguous()
+                                 for d, shape in ((d_rgb, (R, C)), (d_acc, (R,)), (d_depth, (R,))))
+        d_weights = None if d_weights is None else d_weights.contiguous()
+        d_sigmas, d_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
+        if R:
+            with torch.cuda.device_of(sigmas):
+                _composite_backward[triton.cdiv(R, RAYS),](*saved, d_rgb, d_acc, d_depth, d_weights, d_sigmas, d_rgbs,
+                                                           *ctx.sizes, num_warps=RAYS, enable_fp_fusion=True)
+        return d_sigmas, d_rgbs, None, None, None, None
+
+
+def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="auto"):
+    """Blend the packed samples of each ray from front to back (NeRF eq. 3).  Returns rgb (R, C), acc (R,), depth (R,), weights (N,).
+
+    sigmas (N,) density per unit of t, at least 0; rgbs (N, C); t_starts, t_ends (N,) finite intervals, front to back in each ray;
+    offsets (R+1,) int64 from 0 to N. An empty ray gives zeros. No background: add (1 - acc) bg yourself.
+    early_stop: where the transmittance T_i is below it, the rest of the ray counts as hidden: weight 0, no gradient. 0 is off.
+    Gradient of all four outputs to sigmas and rgbs; none to t_starts, t_ends, offsets.
+    Example: one sample, sigma = ln 2, interval [1, 2], colour 1: alpha 0.5, so rgb 0.5, acc 0.5, depth 0.75, weights [0.5].
+    Bytes a sample in float32: forward reads 12 + 4C, writes 8 (weight, transmittance): 32 at C = 3; backward reads 16 + 4C, writes 4 + 4C: 44
+    (48 where weights carry a cotangent). At 4 TB/s: 8 and 11 ns per 1000 samples; some 60 flops each, so memory binds.
+    Raises ValueError (shape, dtype, device; on the CPU also offsets that do not cover the samples), RuntimeError (Triton cannot run).
+    """
+    _check("sigmas", sigmas, (None,))
+    _check("rgbs", rgbs, (len(sigmas), None), sigmas)
+    _check("t_starts", t_starts, (len(sigmas),), sigmas)
+    _check("t_ends", t_ends, (len(sigmas),), sigmas)
+    _check("offsets", offsets, (None,), sigmas, torch.int64)
+    if len(offsets) == 0 or rgbs.shape[1] == 0:
+        raise ValueError("offsets needs R + 1 entries and rgbs at least one channel")
+    if not offsets.is_cuda and (offsets[0] != 0 or offsets[-1] != len(sigmas) or (offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to the number of samples, {len(sigmas)}; they run from {offsets[0]} to {offsets[-1]}")
+    if _backend(backend, ("reference",), sigmas) == "triton":
+        return _Composite.apply(sigmas, rgbs, t_starts, t_ends, offsets, float(early_stop))
+    return composite_ref(sigmas, rgbs, t_starts, t_ends, offsets, early_stop)
+
+
+# ================================================================================================================ 3. hash_encode
+# Instant-NGP section 3. Level l is a cubic lattice of res_l cells a side. A position falls into one cell of each level; the features of the
+# cell's eight corners, rows of the level's stretch of the table, are interpolated trilinearly, and the levels are concatenated:
+#     p = clamp(x, 0, 1) res      c = min(floor(p), res - 1)      u = p - c
+#     out[l] = sum_{k in {0,1}^3} w_k table[row(c + k)]           w_k = prod_axis (u if k_axis else 1 - u)
+#     row(v) = v_x + v_y (res+1) + v_z (res+1)^2                  where all (res+1)^3 corners fit into 2^log2_table rows ("dense")
+#            = (v_x ^ v_y 2654435761 ^ v_z 805459861) mod 2^log2_table    otherwise (eq. 4; products mod 2^32, so int32 does)
+# Gradient, with g = dL/dout[l]:  dL/dtable[row(c + k)] += w_k g     dL/dx_axis += res sum_k (dw_k/du_axis) g . table[row(c + k)]
+
+class HashLevels(NamedTuple):
+    """Layout of a hash table: tuples of length L, but offsets, of length L + 1. The table has offsets[-1] rows."""
+    resolutions: tuple          # cells a side
+    sizes: tuple                # rows of the level
+    offsets: tuple              # its first row
+    dense: tuple                # True: every corner has its own row
+
+
+def hash_levels(levels, base, finest, log2_table):
+    """Resolutions in geometric progression from base to finest (Instant-NGP eq. 2 and 3), each level dense where it fits 2^log2_table rows."""
+    if levels < 1 or not 1 <= base <= finest or not 0 <= log2_table <= 30:
+        raise ValueError(f"hash_levels: wanted levels >= 1, 1 <= base <= finest, 0 <= log2_table <= 30; got {levels}, {base}, {finest}, {log2_table}")
+    growth = math.exp(math.log(finest / base) / (levels - 1)) if levels > 1 else 1.0
+    resolutions = tuple(math.floor(base * growth ** level + 1e-6) for level in range(levels))       # tiny: finest itself must not round down
+    dense = tuple((res + 1) ** 3 <= 2 ** log2_table for res in resolutions)
+    sizes = tuple((res + 1) ** 3 if fits else 2 ** log2_table for res, fits in zip(resolutions, dense))
+    return HashLevels(resolutions, sizes, tuple(sum(sizes[:level]) for level in range(levels + 1)), dense)
+
+
+PRIMES = (1, 2654435761 - 2 ** 32, 805459861)           # as int32
+
+
+def _corners(x, res):
+    """x (3, N) -> both lattice coordinates (2, 3, N) int32 and both weights (2, 3, N) of each axis: [0] the lower corner, [1] the upper."""
+    place = x.clamp(0, 1) * res
+    cell = place.detach().int().clamp_(0, res - 1)
+    upper = place - cell
+    return torch.stack([cell, cell + 1]), torch.stack([1 - upper, upper])
+
+
+def _rows_weights(x, levels, level):
+    """x (3, N) -> rows (8, N) int32 of the corners in the whole table, weights (8, N). Bits 0, 1, 2 of the corner's number: x, y, z."""
+    res, size, first, dense = (part[level] for part in levels)
+    corner, weight = _corners(x, res)                                               # both (2, 3, N)
+    factor = torch.tensor((1, res + 1, (res + 1) ** 2) if dense else PRIMES, dtype=torch.int32, device=x.device)
+    cx, cy, cz = (corner * factor[:, None]).unbind(1)                               # each (2, N)
+    wx, wy, wz = weight.unbind(1)
+    cy, cz, wy, wz = cy[:, None], cz[:, None, None], wy[:, None], wz[:, None, None]
+    rows = cz + cy + cx if dense else (cz ^ cy ^ cx) & (size - 1)                   # (2, 2, 2, N), axes z, y, x
+    return (rows + first).view(8, -1), (wz * wy * wx).view(8, -1)
+
+
+def hash_encode_ref(x, table, levels):
+    out = []
+    for level in range(len(levels.sizes)):
+        rows, weights = _rows_weights(x.t(), levels, level)
+        out.append((table[rows] * weights[:, :, None]).sum(0))                      # (8, N, F) -> (N, F)
+    return torch.cat(out, 1)
+
+
+@triton.jit
+def _place(x, n, alive, axis: tl.constexpr, res):
+    """One axis of the positions -> lower lattice coordinate, its distance u to the position in cells, whether x lies in [0, 1]."""
+    x = tl.load(x + n * 3 + axis, alive, 0.0)
+    p = tl.where(x < 0, 0.0, tl.where(x > 1, 1.0, x)).to(x.dtype) * res                 # not minimum and maximum: those would hide a NaN
+    cell = tl.minimum(tl.maximum(p.to(tl.int32), 0), res - 1)
+    return cell, p - cell.to(x.dtype), (x >= 0) & (x <= 1)
+
+
+@triton.jit
+def _row(x, y, z, res, size, first, dense):
+    flat = x + (res + 1) * (y + (res + 1) * z)
+    hashed = (x ^ (y * -1640531535) ^ (z * 805459861)) & (size - 1)                     # 2654435761 as int32
+    return (tl.where(dense != 0, flat, hashed) + first).to(tl.int64)
+
+
+@triton.jit
+def _hash_forward(x, table, layout, out, N, L, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """Levels are the second grid axis: programs of one level run side by side, so that its stretch of the table stays in the L2 cache."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    level = tl.program_id(1)
+    alive, f = n < N, tl.arange(0, FP)
+    some = alive[:, None] & (f < F)[None, :]
+    res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
+    first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
+    cx, ux, _ = _place(x, n, alive, 0, res)
+    cy, uy, _ = _place(x, n, alive, 1, res)
+    cz, uz, _ = _place(x, n, alive, 2, res)
+    total = tl.zeros((POINTS, FP), table.dtype.element_ty)
+    for k in tl.static_range(8):
+        row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
+        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
+        total += w[:, None] * tl.load(table + row[:, None] * F + f[None, :], some, 0.0)
+    tl.store(out + n[:, None] * (L * F) + level * F + f[None, :], total, some)
+
+
+@triton.jit
+def _hash_backward_table(x, layout, d_out, d_table, N, L, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """The forward's mirror image: eight atomic adds of a row of F. Their order, and so the last bits of the sums, changes from run to run."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    level = tl.program_id(1)
+    alive, f = n < N, tl.arange(0, FP)
+    some = alive[:, None] & (f < F)[None, :]
+    res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
+    first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
+    cx, ux, _ = _place(x, n, alive, 0, res)
+    cy, uy, _ = _place(x, n, alive, 1, res)
+    cz, uz, _ = _place(x, n, alive, 2, res)
+    g = tl.load(d_out + n[:, None] * (L * F) + level * F + f[None, :], some, 0.0)
+    for k in tl.static_range(8):
+        row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
+        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
+        tl.atomic_add(d_table + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
+
+
+@triton.jit
+def _hash_backward_x(x, table, layout, d_out, d_x, N, L: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """All levels in one program, so that each position is written once, without atomics."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    alive, f = n < N, tl.arange(0, FP)
+    some = alive[:, None] & (f < F)[None, :]
+    dtype = x.dtype.element_ty
+    dx, dy, dz = tl.zeros((POINTS,), dtype), tl.zeros((POINTS,), dtype), tl.zeros((POINTS,), dtype)
+    for level in range(L):
+        res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
+        first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
+        cx, ux, in_x = _place(x, n, alive, 0, res)
+        cy, uy, in_y = _place(x, n, alive, 1, res)
+        cz, uz, in_z = _place(x, n, alive, 2, res)
+        g = tl.load(d_out + n[:, None] * (L * F) + level * F + f[None, :], some, 0.0)
+        for k in tl.static_range(8):
+            row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
+            wx, wy, wz = (ux if k & 1 else 1 - ux), (uy if k >> 1 & 1 else 1 - uy), (uz if k >> 2 else 1 - uz)
+            s = tl.sum(g * tl.load(table + row[:, None] * F + f[None, :], some, 0.0), 1) * res
+            dx += tl.where(in_x, s if k & 1 else -s, 0.0).to(dtype) * wy * wz
+            dy += tl.where(in_y, s if k >> 1 & 1 else -s, 0.0).to(dtype) * wx * wz
+            dz += tl.where(in_z, s if k >> 2 else -s, 0.0).to(dtype) * wx * wy
+    tl.store(d_x + n * 3, dx, alive)
+    tl.store(d_x + n * 3 + 1, dy, alive)
+    tl.store(d_x + n * 3 + 2, dz, alive)
+
+
+@lru_cache(maxsize=16)
+def _layout(levels, device):
+    """The layout as the kernels read it: (L, 4) int32 of resolution, size, first row, dense. Kept, so that a step copies nothing to the GPU."""
+    return torch.tensor(list(zip(*levels[:2], levels.offsets[:-1], levels.dense)), dtype=torch.int32, device=device)
+
+
+class _HashTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, table, levels):
+        x, table = x.contiguous(), table.contiguous()
+        (N, F), L = (len(x), table.shape[1]), len(levels.sizes)
+        out = table.new_empty(N, L * F)
+        ctx.save_for_backward(x, table, _layout(levels, x.device))
+        ctx.sizes = (N, L, F, triton.next_power_of_2(F), POINTS)
+        if N:
+            with torch.cuda.device_of(x):
+                _hash_forward[triton.cdiv(N, POINTS), L](x, table, _layout(levels, x.device), out, *ctx.sizes, enable_fp_fusion=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (x, table, layout), (N, L, *_) = ctx.saved_tensors, ctx.sizes
+        d_out, d_x, d_table = d_out.contiguous(), None, None
+        with torch.cuda.device_of(x):
+            if ctx.needs_input_grad[1]:
+                d_table = torch.zeros_like(table)
+                if N:
+                    _hash_backward_table[triton.cdiv(N, POINTS), L](x, layout, d_out, d_table, *ctx.sizes, enable_fp_fusion=True)
+            if ctx.needs_input_grad[0]:
+                d_x = torch.empty_like(x)
+                if N:
+                    _hash_backward_x[triton.cdiv(N, POINTS),](x, table, layout, d_out, d_x, *ctx.sizes, enable_fp_fusion=True)
+        return d_x, d_table, None
+
+
+class _HashTorch(torch.autograd.Function):
+    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass. Backward: one-dimensional index_add
+    and index_select, feature by feature: plain loops, always in the same order, where whole rows cost a small tensor operation each."""
+    @staticmethod
+    def forward(ctx, x, table, levels):
+        xt = x.t().contiguous()
+        rows, weights = zip(*(_rows_weights(xt, levels, level) for level in range(len(levels.sizes))))
+        ctx.levels = levels
+        ctx.save_for_backward(x, table, *rows, *weights)
+        return torch.cat([nnf.embedding_bag(r.t().contiguous(), table, per_sample_weights=w.t().contiguous(), mode="sum")
+                          for r, w in zip(rows, weights)], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, table, *stored = ctx.saved_tensors
+        F, L, xt = table.shape[1], len(ctx.levels.sizes), x.t().contiguous()
+        d_x = torch.zeros_like(xt) if ctx.needs_input_grad[0] else None                 # (3, N)
+        d_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
+        columns = d_out.t().contiguous()                                            # (L F, N)
+        for level, (rows, weights) in enumerate(zip(stored[:L], stored[L:])):
+            g = columns[level * F:(level + 1) * F]                                  # (F, N)
+            flat = rows.view(-1)
+            if d_table is not None:
+                for f in range(F):
+                    d_table[:, f].index_add_(0, flat, (weights * g[f]).view(-1))
+            if d_x is not None:                                                     # s_k = g . table[row_k], then the cell's edges
+                s = sum(table[:, f].index_select(0, flat).view(8, -1) * g[f] for f in range(F)).view(2, 2, 2, -1)      # axes z, y, x, N
+                res = ctx.levels.resolutions[level]
+                (x0, y0, z0), (x1, y1, z1) = _corners(xt, res)[1]
+                dx, sx = s[:, :, 1] - s[:, :, 0], s[:, :, 0] * x0 + s[:, :, 1] * x1         # x differentiated; x summed out: (2, 2, N)
+                dx, dy, sy = dx[:, 0] * y0 + dx[:, 1] * y1, sx[:, 1] - sx[:, 0], sx[:, 0] * y0 + sx[:, 1] * y1      # the same in y: (2, N)
+                d_x[0] += (dx[0] * z0 + dx[1] * z1) * res
+                d_x[1] += (dy[0] * z0 + dy[1] * z1) * res
+                d_x[2] += (sy[1] - sy[0]) * res
+        return None if d_x is None else (d_x * ((xt >= 0) & (xt <= 1))).t(), d_table, None
+
+
+def hash_encode(x, table, levels, backend="auto"):
+    """Features of positions from a multiresolution hash table (Instant-NGP section 3).  Returns (N, L F), levels one after the other.
+
+    x (N, 3) in [0, 1] (clamped: outside, the features of the nearest face and no gradient); table (levels.offsets[-1], F) of x's dtype;
+    levels from hash_levels. Gradient to table, and to x where x requires it (piecewise constant along each axis of a cell, so no second one).
+    Example: one dense level of 1 cell a side, F = 1, table rows 0, 1, ..., 7: x = (1/2, 1/4, 1) gives 1/2 + 2/4 + 4 = 5, gradient (1, 2, 4).
+    On a GPU the sums into the table are atomic, so their last bits differ from run to run; on the CPU they do not.
+    Bytes a sample in float32: forward 12 in and 4LF out, backward 12 + 4LF in and 12 out where x wants it; besides, 32LF of gathers and as many
+    of atomic adds, which stay in the L2 cache where a level's 2^T rows fit (2^19 rows of 2 features: 4 MB). At L = 8, F = 4: 140, 152 and 1024 bytes.
+    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run).
+    """
+    _check("x", x, (None, 3))
+    _check("table", table, (levels.offsets[-1], None), x)
+    run = {"reference": hash_encode_ref, "torch": _HashTorch.apply, "triton": _HashTriton.apply}
+    return run[_backend(backend, ("reference", "torch"), x)](x, table, levels)
+
+
+# ============================================================================================== python kernels.py: check, time, look inside
+def _problem(name, dtype, device, rays):
+    """One operation on made-up input (the same numbers in every dtype): function of a backend, its differentiable inputs, bytes each way."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=random).to(device, dtype)
+
+    size = torch.finfo(dtype).bits // 8
+    if name == "march":                                     # through a ball that fills 7 % of its box: some 20 samples a ray
+        d = nnf.normalize(draw(rays, 3) - 0.5, dim=1)
+        o = 0.5 * (draw(rays, 3) - 0.5) - 2 * d
+        ticks = torch.linspace(-1, 1, 128)
+        ball = (torch.cartesian_prod(ticks, ticks, ticks).norm(dim=1) < 0.5).view(128, 128, 128).to(device)
+        box = torch.tensor([[-1.0, -1, -1], [1, 1, 1]], device=device)
+        call = lambda backend: march(o, d, ball, box, 0.03, backend=backend)                # noqa: E731
+        samples = len(call("reference")[0])
+        return call, (), 6 * size * rays + (2 * size + 8) * samples, 0
+    if name == "composite":                                 # 0 to 40 samples a ray, some rays opaque
+        counts = torch.randint(0, 41, (rays,), generator=random)
+        offsets = nnf.pad(counts.cumsum(0), (1, 0)).to(device)
+        N = int(offsets[-1])
+        t = (torch.arange(N, device=device) - torch.repeat_interleave(offsets[:-1], counts.to(device))) * 0.03 + 1
+        t0, t1 = t.to(dtype), t.to(dtype) + 0.03
+        wrt = (draw(N) ** 4 * 100).requires_grad_(), draw(N, 3).requires_grad_()
+        return lambda backend: _pick(composite, composite_ref, backend)(*wrt, t0, t1, offsets), wrt, 8 * size * N, 12 * size * N
+    levels = hash_levels(8, 16, 256, 16 if device == "cpu" else 19)
+    wrt = draw(20 * rays, 3).requires_grad_(), (draw(levels.offsets[-1], 4) - 0.5).requires_grad_()
+    moved = (3 + 32) * size * 20 * rays
+    return lambda backend: (_pick(hash_encode, hash_encode_ref, backend)(*wrt, levels),), wrt, moved, moved + 3 * size * 20 * rays
+
+
+def _pick(public, reference, backend):
+    """A backend's name, or a function that wraps the reference (torch.compile)."""
+    return backend(reference) if callable(backend) else lambda *inputs: public(*inputs, backend=backend)
+
+
+def _results(call, wrt, backend):
+    outputs = call(backend)
+    if not wrt:
+        return list(outputs)
+    random = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(out.shape, generator=random).to(out) for out in outputs]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wrt, cotangents)]
+
+
+def _disagreement(name, backend, device, rays):
+    """None, or what is wrong with a backend: its float32 error against float64 must stay near that of the reference."""
+    exact, plain, tried = (_results(*_problem(name, dtype, device, rays)[:2], run)
+                           for dtype, run in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, backend)))
+    if name == "march":                                     # a middle on a cell's face may round to either side: count those rays
+        moved = (exact[2].diff() != tried[2].diff()).double().mean().item()
+        same = all(torch.equal(a, b) for a, b in zip(plain, tried))
+        return None if moved < 0.02 and same else f"{moved:.1%} of the rays differ from float64, reference {'equal' if same else 'not equal'}"
+    for number, (a, b, c) in enumerate(zip(exact, plain, tried)):
+        error, allowed = ((x.double() - a).abs().max().item() / (a.abs().max().item() + 1e-30) for x in (c, b))
+        if not error <= 4 * allowed + 1e-6:
+            return f"result {number} is off by {error:.1e}, the float32 reference by {allowed:.1e}"
+    return None
+
+
+def _seconds(function, device, budget, before=lambda: ()):
+    """Median time of function(*before()), without before's; on CUDA between events, so that the launches of one run hide behind the run before."""
+    function(*before()), function(*before())
+    times, stop = [], time.perf_counter() + budget
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 50):
+        given = before()
+        if device == "cpu":
+            start = time.perf_counter()
+            function(*given)
+            times.append(time.perf_counter() - start)
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(), function(*given), end.record()
+            times.append((start, end))
+    if device != "cpu":
+        torch.cuda.synchronize()
+        times = [start.elapsed_time(end) * 1e-3 for start, end in times]
+    return statistics.median(times)
+
+
+def benchmark(rays, with_compile=True, seconds=1.0):
+    """-> header, rows. A backend that fails its check gets a row that says so, and no time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.zeros(2 ** (28 if device == "cuda" else 24))
+    source, target = data.to(device), torch.empty_like(data, device=device)
+    bandwidth = 2 * data.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    header = {"device": name, "torch": torch.__version__, "triton": NO_TRITON or triton.__version__, "python": platform.python_version(),
+              "date": time.strftime("%Y-%m-%d"), "rays": rays, "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    rows = []
+    for name, backends in (("march", ["reference"]), ("composite", ["reference"]), ("hash_encode", ["reference", "torch"])):
+        backends = backends + (["triton"] if device == "cuda" and not NO_TRITON else [])
+        for backend in backends + (["compiled reference"] if with_compile and name != "march" else []):
+            row = {"operation": name, "backend": backend}
+            rows.append(row)
+            run = torch.compile if backend == "compiled reference" else backend
+            try:
+                problem = _disagreement(name, run, device, rays)
+            except Exception as error:                      # torch.compile where no C++ compiler works
+                problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            if problem:
+                row["failed"] = problem
+                continue
+            call, wrt, bytes_forward, bytes_backward = _problem(name, torch.float32, device, rays)
+            if callable(run):
+                compiled = torch.compile({"composite": composite_ref, "hash_encode": hash_encode_ref}[name])
+                run = lambda reference: compiled            # noqa: E731  (compiled once, timed often)
+            with torch.no_grad():
+                row["forward_ms"] = _seconds(lambda: call(run), device, seconds) * 1e3
+            row["forward_bandwidth"] = bytes_forward / bandwidth / row["forward_ms"] * 1e3
+            if wrt:
+                ones = [torch.ones_like(out) for out in call(run)]
+                row["backward_ms"] = _seconds(lambda *outputs: torch.autograd.grad(outputs, wrt, ones), device, seconds, lambda: call(run)) * 1e3
+                row["both_ms"] = _seconds(lambda: torch.autograd.grad(call(run), wrt, ones), device, seconds) * 1e3
+                row["backward_bandwidth"] = bytes_backward / bandwidth / row["backward_ms"] * 1e3
+    return header, rows
+
+
+def kernel_list():
+    """Every kernel with its compile-time constants, as the public calls launch it at C = 3, F = 4 or 2."""
+    if NO_TRITON or INTERPRET:
+        raise RuntimeError(NO_TRITON or "TRITON_INTERPRET=1 is set: there is nothing to compile")
+    tile, options = {"RAYS": RAYS, "BLOCK": BLOCK}, {"num_warps": RAYS, "enable_fp_fusion": True}
+    exact = {**options, "enable_fp_fusion": False}
+    return [("march, count", _march_kernel, {"WRITE": False, **tile}, exact), ("march, write", _march_kernel, {"WRITE": True, **tile}, exact),
+            ("composite, forward", _composite_forward, {"C": 3, "CP": 4, **tile}, options),
+            ("composite, backward", _composite_backward, {"C": 3, "CP": 4, **tile, "d_weights": None}, options),
+            ("composite, backward with weights", _composite_backward, {"C": 3, "CP": 4, **tile}, options)] + [
+            (f"hash_encode, {what}, F = {F}", kernel, {"F": F, "FP": F, "POINTS": POINTS, **levels}, {"enable_fp_fusion": True}) for F in (4, 2)
+            for what, kernel, levels in (("forward", _hash_forward, {}), ("backward to table", _hash_backward_table, {}),
+                                         ("backward to x", _hash_backward_x, {"L": 8}))]
+
+
+def resources(kernel, constants, options, capability, dtype="fp32"):
+    """Compile for a GPU that need not be here; what ptxas and the disassembler inside the triton package say of the result."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    types = {"occupied": "*u8", "offsets": "*i64", "counts": "*i64", "ray_ids": "*i64", "layout": "*i32", **dict.fromkeys("RNLXYZ", "i32"),
+             **dict.fromkeys(("step", "near", "far", "early_stop"), "fp64"), **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, "*" + dtype) for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(cubin)
+        usage, code = (subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+                       for flag in ("--dump-resource-usage", "-sass"))
+    number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+    def count(pattern):
+        found = re.findall(pattern, code)
+        return ", ".join(f"{found.count(kind)} {kind}" for kind in sorted(set(found))) or "-"
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return {"registers": number["REG"], "shared": number["SHARED"], "local": number["STACK"] + number["LOCAL"], "spill_instructions": spills,
+            "loads": count(r"\b(LDG[.\w]*)"), "stores": count(r"\b(STG[.\w]*)"), "atomics": count(r"\b((?:REDG?|ATOMG?)\.[.\w]*)")}
+
+
+def _print_table(rows):
+    columns = list(max(rows, key=len)) + ["failed"] * any("failed" in row for row in rows)
+    show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)     # noqa: E731
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(show(row.get(column, "")) for column in columns) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check every operation against its float64 reference, then time it.")
+    parser.add_argument("--rays", type=int, default=65536 if torch.cuda.is_available() else 1024, help="rays; hash_encode takes 20 positions a ray")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each number")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
+    parser.add_argument("--resources", action="store_true", help="compile the Triton kernels for sm_80, sm_90, sm_100; needs no GPU")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    args = parser.parse_args()
+    if args.resources:
+        header = {"triton": NO_TRITON or triton.__version__}
+        rows = [{"kernel": label, "target": f"sm_{target}", **resources(*what, target)} for target in (80, 90, 100) for label, *what in kernel_list()]
+    else:
+        header, rows = benchmark(args.rays, not args.no_compile, args.seconds)
+    if args.json:
+        print(json.dumps({**header, "rows": rows}, indent=1))
+    else:
+        print("  ".join(f"{key} {value}" for key, value in header.items()) + "\n")
+        _print_table(rows)
+    raise SystemExit(1 if any("failed" in row and "compiled" not in row["backend"] for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,593 @@
+"""DOCSTRING PENDING"""
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, Optional
+
+import imageio.v3 as iio
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, cli, colour_map, load_scene, ndc_rays,
+                    peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video, set_random_state, spherical_harmonics, ssim,
+                    strip, to_device, turntable, view_rays)
+from kernels import composite, hash_encode, hash_levels, march
+
+
+@dataclass
+class Args:
+    scene: str = "lego"
+    """A scene's name under --data, a path, or the built-in `bricks`."""
+    data: str = os.environ.get("NERF_DATA", "data")
+    """Folder with nerf_synthetic/, nerf_llff_data/ (default: $NERF_DATA, else `data`)."""
+    preset: Literal["quick", "paper"] = "quick"
+    """quick: 100 px, two minutes on two cores. paper: 800 px, 20 000 steps, for a GPU."""
+    out: Optional[str] = None
+    """Run folder (default: runs/soft_mining-SCENE-TIME)."""
+    seed: int = 0
+    """Seed of every random number."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint."""
+    eval_only: bool = False
+    """Load the checkpoint in --out, evaluate it, draw the pictures, train nothing."""
+    video: bool = False
+    """Also write a turntable, render.mp4."""
+    tensorboard: bool = False
+    """Also log to TensorBoard (if it is installed)."""
+
+    size: int = 100
+    """Longer image side [pixels]."""
+    steps: int = 800
+    """Optimiser steps."""
+    rays: int = 1024
+    """Rays a step (N). With --batch samples: the number to start from."""
+    batch: Literal["rays", "samples"] = "rays"
+    """What every step has equally many of. `samples` adapts the number of rays, so that all steps cost the same."""
+    samples: int = 2 ** 14
+    """Samples a step with --batch samples."""
+    pool: int = 8192
+    """Walkers kept with --batch samples, and the most rays a step; each step draws and moves some of them."""
+    background: Literal["white", "black", "grey"] = "white"
+    """What is behind the scene, in training and in tests."""
+    train_split: Literal["train", "val", "trainval"] = "train"
+    """Blender split to train on."""
+
+    sampling: Literal["uniform", "edge", "multinomial", "lmc"] = "lmc"
+    """Where a step's pixels come from."""
+    alpha: float = 0.6
+    """Exponent of the soft weight 1/Q^alpha: 0 hard mining, 1 importance sampling."""
+    warmup: int = 100
+    """Steps in which the exponent grows linearly from 0 to alpha."""
+    weighting: Optional[bool] = None
+    """Soft weights in the loss (default: for every sampling but uniform)."""
+    clamp: bool = True
+    """Clamp the weights of a batch to [0.2, mean + std]."""
+    drift: float = 1.0
+    """Langevin drift: the walkers' stationary density is Q^drift (1: Q itself, 0: plain diffusion)."""
+    noise: float = 0.02
+    """Langevin noise b: standard deviation of one move [longer image sides]."""
+    pixel_gradient: bool = True
+    """Walkers feel grad log Q (off: they only diffuse, die and are reborn)."""
+    truth_gradient: bool = False
+    """Include the spatial gradient of the ground truth in grad log Q (the authors leave it out)."""
+    reinit: Literal["none", "uniform", "edge"] = "edge"
+    """Where a walker is reborn that left the image or found too little error."""
+    uniform_share: float = 0.1
+    """Share of a step's pixels drawn uniformly, over all images (all samplings)."""
+    reborn_share: float = 0.1
+    """Share of a step's walkers, those of least error, that are reborn."""
+    walkers: Literal["per-image", "global"] = "per-image"
+    """per-image: each image keeps its walkers (paper). global: walkers are reborn in images in proportion to their error (ours)."""
+    refresh: int = 10
+    """Steps between two rebuilds of the multinomial sampler's table."""
+    as_released: bool = False
+    """The released code's sampler and constants to the letter, its bugs included (see the table above)."""
+
+    levels: int = 8
+    """Hash grid levels (L)."""
+    features: int = 4
+    """Features a level (F)."""
+    log2_table: int = 16
+    """Rows of a level's table, log2 (log2 T)."""
+    base: int = 16
+    """Cells a side of the coarsest level."""
+    finest: int = 256
+    """Cells a side of the finest level."""
+    march_steps: int = 256
+    """Samples along the box's diagonal; sets the step of the ray marcher."""
+    grid: int = 64
+    """Occupancy grid cells a side."""
+    grid_decay: float = 0.9
+    """What is left of a cell's remembered density at each look (every 16 steps)."""
+    lr: float = 1e-2
+    """Adam's learning rate; it ends at a tenth of this."""
+    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
+    """How it gets there (constant: it stays)."""
+    weight_decay: float = 1e-6
+    """L2 term in Adam's gradient."""
+    half: bool = False
+    """bfloat16 matrix products in the MLPs (GPU)."""
+    eval_every: int = 100
+    """Steps between two evaluations and checkpoints."""
+    eval_views: int = 5
+    """Test views in those evaluations (the last one takes all)."""
+
+
+PRESETS = {
+    "quick": Args(),
+    "paper": Args(preset="paper", size=800, steps=20_000, rays=4096, warmup=1000, levels=16, features=2, log2_table=19, finest=4096,
+                  march_steps=1024, grid=128, grid_decay=0.95, half=True, eval_every=1000, eval_views=25),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- the soft weight
+
+def soft_weight(q: Tensor, exponent: float, clamp: bool = True) -> Tensor:
+    """w_n = max(q_n, 2^-10)^-exponent, the density's share that the loss gives back.  q (N,) mean |rgb - gt| -> w (N,), no gradient.
+
+    exponent 0: all ones, hard mining. exponent 1, pixels drawn in proportion to q: mean_n w_n e_n is, up to a constant, an unbiased
+    estimate of the mean of e over all pixels. clamp: [0.2, mean(w) + std(w)] of this batch, which takes the largest weights, those of
+    pixels already fitted, away again (so even exponent 1 is then biased). Source: paper, soft mining objective; released constants.
+    Pocket check: q = 1/4, exponent 1/2 -> w = 2.
+    """
+    w = q.detach().clamp(min=2 ** -10) ** -exponent
+    return torch.minimum(w.clamp(min=0.2), w.mean() + w.std(correction=min(1, len(w) - 1))) if clamp else w
+
+
+# ---------------------------------------------------------------------------------------------- where the pixels come from
+# A sampler has draw(n) -> (view (n,), xy (n, 2) pixel centres) and update(e, q, w, d_xy), which tells it what came of that draw:
+# e (n,) squared error, q (n,) absolute error, w (n,) weights, d_xy (n, 2) = d mean(w e) / d xy or None. They are modules only because
+# a module's buffers are saved in the checkpoint and follow it to the GPU.
+
+def edge_maps(images: Tensor) -> Tensor:
+    """Sobel magnitude of the grey image, divided by its maximum, in [1e-5, 1].  images (V, H, W, 3) -> (V, H, W)."""
+    grey = (images @ images.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]                          # (V, 1, H, W)
+    grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")                                              # no edge along the border
+    sobel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None]).norm(dim=1)                  # (V, H, W)
+    return (magnitude / (magnitude.amax((1, 2), keepdim=True) + 1e-7)).clamp(1e-5, 1.0)
+
+
+class PixelTable:
+    """Draws pixels from a density over each image, by inverting its distribution function.  density (V, H, W) >= 0, any scale."""
+    def __init__(self, density: Tensor):
+        V, self.H, self.W = density.shape
+        cdf = density.reshape(V, -1).double().cumsum(1)
+        shift = torch.arange(V, device=density.device, dtype=torch.float64)[:, None]
+        self.cdf = (cdf / cdf[:, -1:] + shift).flatten()      # image v's function runs from v to v + 1: one sorted array for all images
+
+    def draw(self, view: Tensor) -> Tensor:
+        """view (n,) -> xy (n, 2), centre of one pixel of each image."""
+        u = view + torch.rand(len(view), dtype=torch.float64, device=view.device)
+        pixel = torch.searchsorted(self.cdf, u, right=True) - view * (self.H * self.W)
+        pixel = pixel.clamp(0, self.H * self.W - 1)                                                 # u may round up to the end
+        return torch.stack([pixel % self.W, pixel // self.W], -1) + 0.5
+
+
+def uniform_pixels(n: int, H: int, W: int, device) -> Tensor:
+    """n pixel centres, each pixel equally likely: xy (n, 2)."""
+    return (torch.rand(n, 2, device=device) * torch.tensor([W, H], device=device)).floor() + 0.5
+
+
+class FixedSampler(nn.Module):
+    """uniform: every pixel of every image. edge: edge_maps, apart from the uniform share. Neither learns anything."""
+    def __init__(self, images: Tensor, args: Args):
+        super().__init__()
+        self.V, self.H, self.W, _ = images.shape
+        self.table = PixelTable(edge_maps(images)) if args.sampling == "edge" else None
+        self.uniform_share, self.device = args.uniform_share, images.device
+
+    def draw(self, n: int):
+        view = torch.randint(self.V, (n,), device=self.device)
+        xy = uniform_pixels(n, self.H, self.W, self.device)
+        if self.table:
+            k = round((1 - self.uniform_share) * n)
+            xy[:k] = self.table.draw(view[:k]).to(xy)
+        return view, xy
+
+    def update(self, e, q, w, d_xy):
+        pass
+
+
+class MultinomialSampler(nn.Module):
+    """Draws from a stored error map: each pixel holds the |error| of the last time it was seen (until then the mean of all that were).
+
+    What the walkers approximate. It needs a number a pixel and a sum over all of them now and then (`refresh`), the walkers neither.
+    """
+    def __init__(self, images: Tensor, args: Args):
+        super().__init__()
+        self.V, self.H, self.W, _ = images.shape
+        self.args = args
+        self.register_buffer("error", torch.full(images.shape[:3], torch.nan, device=images.device))        # NaN: not seen yet
+        self.register_buffer("density", torch.ones(images.shape[:3], device=images.device))                 # what the table was built from
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+        self.table = PixelTable(self.density)
+
+    def load_state_dict(self, state, *rest):
+        super().load_state_dict(state, *rest)
+        self.table = PixelTable(self.density)
+
+    def draw(self, n: int):
+        if self.draws > 0 and self.draws % self.args.refresh == 0:
+            self.density = torch.where(self.error.isnan(), self.error.nanmean(), self.error).clamp(min=2 ** -10)
+            self.table = PixelTable(self.density)
+        self.draws += 1
+        budget = self.density.mean((1, 2)) if self.args.walkers == "global" else self.density.new_ones(self.V)
+        view = torch.multinomial(budget, n, replacement=True)
+        k = round((1 - self.args.uniform_share) * n)
+        xy = torch.cat([self.table.draw(view[:k]).float(), uniform_pixels(n - k, self.H, self.W, view.device)])
+        self.batch = view, xy
+        return view, xy
+
+    def update(self, e, q, w, d_xy):
+        view, xy = self.batch
+        x, y = xy.long().unbind(-1)
+        self.error[view, y, x] = q
+
+
+def grad_log_q(e: Tensor, w: Tensor, d_xy: Tensor) -> Tensor:
+    """Spatial gradient of log Q at each walker, from the gradient of the loss: d_xy_n = d/dxy_n (1/N) sum_m w_m e_m = w_n grad e_n / N,
+    and Q ~ sqrt(e), so grad log Q = grad e / (2 e) = N d_xy / (2 w e).  e, w (N,), d_xy (N, 2) -> (N, 2) [1/pixel]."""
+    return len(e) * d_xy / (2 * w * e).clamp(min=1e-12)[:, None]
+
+
+class Walkers(nn.Module):
+    """Langevin walkers on the image planes (paper, LMC): x <- x + a grad log Q(x) + b eta, eta ~ N(0, I), with deaths and births.
+
+    Units that keep their meaning: b = `noise` longer image sides; a = drift b^2 / 2 (b in pixels, as grad log Q is per pixel), for
+    which the walk's stationary density is Q^drift whatever the resolution and the batch. One drift move is cut to 2 b: where an error
+    vanishes, its logarithm's gradient does not. A walker lives at a real position and trains the pixel that it stands in.
+
+    count walkers exist; a step draws a random n of them and moves those. Buffers: view (P,), xy (P, 2), image_error (V,).
+    """
+    def __init__(self, images: Tensor, args: Args, count: int):
+        super().__init__()
+        V, self.H, self.W, _ = images.shape
+        self.args, self.b = args, args.noise * max(self.H, self.W)                                  # b in pixels
+        self.edges = PixelTable(edge_maps(images)) if args.reinit == "edge" else None
+        self.register_buffer("view", torch.arange(count, device=images.device) % V)                 # every image gets its share
+        self.register_buffer("xy", uniform_pixels(count, self.H, self.W, images.device))
+        self.register_buffer("image_error", torch.ones(V, device=images.device))
+
+    def draw(self, n: int):
+        self.batch = torch.randperm(len(self.xy), device=self.xy.device)[:n]
+        return self.view[self.batch], self.xy[self.batch].floor() + 0.5
+
+    def update(self, e: Tensor, q: Tensor, w: Tensor, d_xy: Optional[Tensor]) -> None:
+        args, n, device = self.args, len(q), q.device
+        view, xy = self.view[self.batch], self.xy[self.batch]
+        # 1. Langevin step
+        if d_xy is not None:
+            move = args.drift * self.b ** 2 / 2 * grad_log_q(e, w, d_xy)
+            xy = xy + move * (2 * self.b / move.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        xy = xy + self.b * torch.randn(n, 2, device=device)
+        # 2. death: out of the image, or among those of least error
+        end = torch.tensor([self.W, self.H], device=device)
+        dead = ((xy < 0) | (xy >= end)).any(1)
+        k = int(args.reborn_share * n)
+        if k > 0:
+            dead |= q <= q.kthvalue(k).values
+        # 3. birth, in the same image, or anywhere in proportion to the images' running mean error
+        if args.walkers == "global":
+            seen = torch.zeros_like(self.image_error).index_add_(0, view, torch.ones_like(q))
+            mean = torch.zeros_like(self.image_error).index_add_(0, view, q) / seen.clamp(min=1)
+            self.image_error = torch.where(seen > 0, 0.9 * self.image_error + 0.1 * mean, self.image_error)
+            view = torch.where(dead, torch.multinomial(self.image_error, n, replacement=True), view)
+        if args.reinit == "edge":
+            xy = torch.where(dead[:, None], self.edges.draw(view).to(xy), xy)
+        elif args.reinit == "uniform":
+            xy = torch.where(dead[:, None], uniform_pixels(n, self.H, self.W, device), xy)
+        # 4. a share of uniform positions, over all images, so that no pixel is out of reach
+        free = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
+        xy[free] = uniform_pixels(len(free), self.H, self.W, device)
+        xy = torch.minimum(xy.clamp(min=0), end - 1e-3)                                             # reinit none: stop at the border
+        self.view[self.batch], self.xy[self.batch] = view, xy
+
+
+class ReleasedWalkers(nn.Module):
+    """The released code's sampler, letter by letter (--as-released): positions s = (row/(H-1), column/(W-1)), and bs = ceil(rays/V)
+    walkers tied to each image. Compare with Walkers above; the numbers name the table of differences in the docstring."""
+    A, B, UNIFORM, REBORN = 20.0, 0.02, 0.1, 0.1
+
+    def __init__(self, images: Tensor, black: Tensor, rays: int):
+        super().__init__()
+        V, self.H, self.W, _ = images.shape
+        bs = math.ceil(rays / V)
+        self.last = torch.tensor([self.H - 1, self.W - 1], device=images.device)
+        self.edges = PixelTable(self.edge_maps(black))
+        self.register_buffer("view", torch.arange(bs * V, device=images.device) // bs)
+        self.register_buffer("s", self.to_s(uniform_pixels(bs * V, self.H, self.W, images.device)))
+
+    @staticmethod
+    def edge_maps(black: Tensor) -> Tensor:
+        grey = (black @ black.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]
+        sobel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+        magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None], padding=1).norm(dim=1)   # zeros outside (5)
+        return (magnitude / (magnitude.amax(1, keepdim=True) + 1e-7)).clamp(1e-5, 1.0)              # maximum a column (4)
+
+    def to_s(self, xy: Tensor) -> Tensor:
+        return (xy - 0.5).flip(-1) / self.last
+
+    def draw(self, n: int):
+        return self.view, (self.s * self.last).round().flip(-1) + 0.5                               # all walkers, always
+
+    def update(self, e: Tensor, q: Tensor, w: Tensor, d_xy: Optional[Tensor]) -> None:
+        N, loss = len(e), w * e
+        s = self.s + self.B * torch.randn_like(self.s)
+        if d_xy is not None:                          # (1/N) grad_pixel log e, added to positions in image sides (1, 2)
+            scale = 1024.0                            # of their loss; it matters only beside the epsilon
+            s = s + self.A * (scale * d_xy / (scale * loss + torch.finfo(loss.dtype).eps)[:, None]).flip(-1)
+        dead = ((s < 0) | (s > 1)).any(1) | (loss <= loss.kthvalue(int(self.REBORN * N) + 1).values)
+        k = int(self.UNIFORM * N)
+        s[N - k:] = torch.rand(k, 2, device=s.device)                                               # always the last images' (3)
+        born = self.to_s(self.edges.draw(self.view).to(s))
+        self.s = torch.where(dead[:, None], born, s).clamp(0, 1)
+
+
+def make_sampler(scene: Scene, args: Args) -> nn.Module:
+    views = scene.train
+    if args.as_released:
+        outside = 0 if views.alpha is None else (1 - views.alpha[..., None]) * scene.bg
+        return ReleasedWalkers(views.images, views.images - outside, args.rays)
+    if args.sampling == "lmc":
+        return Walkers(views.images, args, args.rays if args.batch == "rays" else max(args.pool, args.rays))
+    return (MultinomialSampler if args.sampling == "multinomial" else FixedSampler)(views.images, args)
+
+
+def truth_gradient(images: Tensor, view: Tensor, xy: Tensor) -> Tensor:
+    """Central differences of the ground truth at pixels.  (n,), (n, 2) -> (n, 3, 2) [1/pixel], last axis (x, y)."""
+    H, W = images.shape[1:3]
+    x, y = xy.long().unbind(-1)
+    x0, x1, y0, y1 = (x - 1).clamp(min=0), (x + 1).clamp(max=W - 1), (y - 1).clamp(min=0), (y + 1).clamp(max=H - 1)
+    d_x = (images[view, y, x1] - images[view, y, x0]) / (x1 - x0).clamp(min=1)[:, None]
+    d_y = (images[view, y1, x] - images[view, y0, x]) / (y1 - y0).clamp(min=1)[:, None]
+    return torch.stack([d_x, d_y], -1)
+
+
+# -------------------------------------------------------------------------------------------------------------- the field
+
+class _TruncatedExp(torch.autograd.Function):
+    """exp(x), whose gradient is cut at exp(15): one wild sample must not blow up the table (Instant-NGP)."""
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, d_y):
+        return d_y * ctx.saved_tensors[0].clamp(max=15).exp()
+
+
+class HashField(nn.Module):
+    """Instant-NGP's field: hash grid -> MLP 64 -> density and 15 features; these and the direction -> MLP 64, 64 -> colour."""
+    def __init__(self, args: Args, aabb: Tensor):
+        super().__init__()
+        self.levels = hash_levels(args.levels, args.base, args.finest, args.log2_table)
+        self.half = args.half
+        self.register_buffer("aabb", aabb)                                                          # (2, 3)
+        self.table = nn.Parameter(torch.empty(self.levels.offsets[-1], args.features).uniform_(-1e-4, 1e-4))
+        self.geometry = nn.Sequential(nn.Linear(args.levels * args.features, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.colour = nn.Sequential(nn.Linear(15 + 16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (N, 3) in the world -> (N, 16): log density + 1, and what the colour depends on."""
+        u = (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0])                                      # (N, 3) in [0, 1]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            return self.geometry(hash_encode(u, self.table, self.levels))
+
+    def density(self, x: Tensor) -> Tensor:
+        return _TruncatedExp.apply(self.encode(x)[:, 0].float() - 1)
+
+    def forward(self, x: Tensor, sh: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, 3), sh (N, 16) spherical harmonics of the direction -> sigmas (N,) [1/length], rgbs (N, 3) in (0, 1)."""
+        h = self.encode(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            rgbs = self.colour(torch.cat([h[:, 1:], sh.to(h)], -1))
+        return _TruncatedExp.apply(h[:, 0].float() - 1), torch.sigmoid(rgbs.float())
+
+
+def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor, scene: Scene, step: float,
+           jitter: Optional[Tensor] = None) -> dict:
+    """Rays (R, 3) -> rgb (R, 3) over the scene's background, acc (R,), depth (R,), samples (their number N).
+
+    Differentiable in the field and, through the samples' positions and directions, in the rays; the distances t are constants.
+    """
+    t_starts, t_ends, offsets, ray = march(rays_o, rays_d, grid.occupied, grid.aabb, step, scene.near, scene.far, jitter)
+    t = 0.5 * (t_starts + t_ends)                                                                   # (N,)
+    x = rays_o[ray] + t[:, None] * rays_d[ray]                                                      # (N, 3)
+    sigmas, rgbs = field(x, spherical_harmonics(rays_d)[ray])
+    rgb, acc, depth, _ = composite(sigmas, rgbs, t_starts, t_ends, offsets)
+    return {"rgb": rgb + (1 - acc[:, None]) * scene.bg, "acc": acc, "depth": depth, "samples": len(t)}
+
+
+def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
+    """Rays of pixels xy (N, 2) in pictures view (N,) -> rays_o, rays_d (N, 3); differentiable in xy."""
+    K = views.K if views.K.dim() == 2 else views.K[view]
+    rays_o, rays_d = pixel_rays(xy, K, views.c2w[view])
+    return ndc_rays(rays_o, rays_d, K, *views.images.shape[1:3]) if ndc else (rays_o, rays_d)
+
+
+@torch.no_grad()
+def render_view(field, grid, views: Views, v: int, scene: Scene, step: float, chunk: int = 8192) -> dict:
+    """A whole picture: rgb (H, W, 3) in [0, 1], depth (H, W)."""
+    H, W = views.images.shape[1:3]
+    parts = [render(field, grid, o, d, scene, step) for o, d in zip(*(r.split(chunk) for r in view_rays(views, v, scene.ndc)))]
+    return {"rgb": torch.cat([p["rgb"] for p in parts]).clamp(0, 1).view(H, W, 3), "depth": torch.cat([p["depth"] for p in parts]).view(H, W)}
+
+
+def evaluate(field, grid, scene: Scene, step: float, views: list[int], pictures=None) -> dict:
+    """Mean over test views of each view's PSNR [dB] and SSIM; pictures: folder for strips (truth | render | error | depth)."""
+    scores = []
+    for v in views:
+        truth, out = scene.test.images[v], render_view(field, grid, scene.test, v, scene, step)
+        scores.append([float(psnr(out["rgb"], truth)), float(ssim(out["rgb"], truth))])
+        if pictures:
+            save_png(pictures / f"test_{v:03d}.png", strip(truth, out["rgb"], out["depth"], scene.near, scene.far))
+    return dict(zip(("psnr", "ssim"), torch.tensor(scores).mean(0).tolist()))
+
+
+def walker_picture(field, grid, scene: Scene, step: float, shown: list[int], visits: Tensor) -> Tensor:
+    """A row for each shown training view: truth | error | where its pixels were drawn since the last picture (brighter: more often)."""
+    rows = []
+    for i, v in enumerate(shown):
+        truth, out = scene.train.images[v], render_view(field, grid, scene.train, v, scene, step)
+        error = (out["rgb"] - truth).abs().mean(-1)
+        rows.append(torch.cat([truth, colour_map(error, 0, 0.2), colour_map(visits[i].clamp(max=4), 0, 4)], 1))
+    sheet = torch.cat(rows)                                                                         # (k H, 3 W, 3)
+    zoom = max(1, 300 // truth.shape[1])
+    return sheet.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+# flags that may change between a run and its --resume or --eval-only
+FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard"}
+
+
+def check(args: Args) -> None:
+    """Raise UserError for a flag that makes no sense."""
+    for name in ("size", "steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
+                 "eval_views", "refresh", "warmup", "lr", "grid_decay"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
+    for name in ("alpha", "drift", "noise", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 or more")
+    for name in ("uniform_share", "reborn_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is a share: give a number from 0 to 1")
+    if args.as_released and (args.sampling, args.batch) != ("lmc", "rays"):
+        raise UserError("--as-released is a rule for walkers in batches of rays: use it with --sampling lmc --batch rays")
+    if args.eval_only and args.out is None:
+        raise UserError("--eval-only needs --out DIR, the folder of a trained run")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not to be had here: use --device cpu, or install a CUDA build of torch") from None
+
+
+def anneal(progress: float, schedule: str) -> float:
+    """Factor on the learning rate, 1 at progress 0; 1/10 at progress 1 unless constant."""
+    return {"cosine": 0.55 + 0.45 * math.cos(math.pi * progress), "exponential": 0.1 ** progress, "constant": 1.0}[schedule]
+
+
+def tensorboard(folder):
+    """A SummaryWriter, or UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: it is not installed: pip install tensorboard, or leave the flag away") from None
+    return SummaryWriter(folder)
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, write the run folder; -> what summary.json holds."""
+    check(args)
+    torch.manual_seed(args.seed)
+    scene = to_device(load_scene(args.scene, args.data, args.size, args.background, args.train_split), args.device)
+    run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
+    board = tensorboard(run.path) if args.tensorboard else None
+    if args.as_released:                                                                            # constants of the released code
+        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting=True)
+    weighting = args.sampling != "uniform" if args.weighting is None else args.weighting
+
+    images, train_views, tests = scene.train.images, scene.train, len(scene.test.images)            # images (V, H, W, 3)
+    field = HashField(args, scene.aabb).to(args.device)
+    grid = OccupancyGrid(scene.aabb, args.grid, decay=args.grid_decay).to(args.device)
+    sampler = make_sampler(scene, args).to(args.device)
+    optimiser = torch.optim.Adam(field.parameters(), lr=args.lr, eps=1e-15, weight_decay=args.weight_decay, fused=True)
+    march_step = float((scene.aabb[1] - scene.aabb[0]).norm()) / args.march_steps                   # in world units
+    count = {"step": 0, "rays": 0, "samples": 0, "next_rays": args.rays}
+    clock = Stopwatch(args.device)
+    if args.resume or args.eval_only:
+        state = run.load({name: value for name, value in run.args.items() if name not in FREE})
+        for name, part in dict(field=field, grid=grid, sampler=sampler, optimiser=optimiser).items():
+            part.load_state_dict(state[name])
+        set_random_state(state["random"])
+        count, clock = state["count"], Stopwatch(args.device, state["seconds"])
+        run.rewind(count["step"])
+    shown = torch.linspace(0, len(images) - 1, 3).round().long().tolist()                           # training views in walkers.gif
+    visits = torch.zeros(3, *images.shape[1:3], device=args.device)
+    progress = Progress(args.steps, count["step"])
+
+    while count["step"] < args.steps and not args.eval_only:
+        t = count["step"]
+        clock.start()
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr * anneal(t / args.steps, args.schedule)
+        if t % 16 == 0:
+            grid.update(field.density, march_step, warm=t < 256)
+        # 1. draw pixels from Q, and their rays; a ray follows its pixel differentiably
+        view, xy = sampler.draw(count["next_rays"])                                                 # (N,), (N, 2)
+        x, y = xy.long().unbind(-1)
+        truth = images[view, y, x]                                                                  # (N, 3), a constant
+        xy.requires_grad_(args.sampling == "lmc" and args.pixel_gradient)
+        rays_o, rays_d = camera_rays(train_views, view, xy, scene.ndc)
+        # 2. render them
+        out = render(field, grid, rays_o, rays_d, scene, march_step, jitter=torch.rand(len(xy), device=args.device))
+        # 3. the error, its density Q, the soft weight, the loss
+        difference = out["rgb"] - truth                                                             # (N, 3)
+        e, q = (difference ** 2).mean(-1), difference.detach().abs().mean(-1)                       # (N,)
+        exponent = min(t / 1000, args.alpha) if args.as_released else args.alpha * min(t / args.warmup, 1)
+        w = soft_weight(q, exponent, args.clamp) if weighting else torch.ones_like(q)
+        loss = (w * e).mean()
+        check_finite(loss, t)
+        # 4. the field takes a step
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        # 5. the walkers move, by the gradient that the backward pass left at their pixels
+        d_xy = xy.grad
+        if d_xy is not None and args.truth_gradient:
+            d_rgb = 2 * w[:, None] * difference.detach() / difference.numel()                       # dL/drgb
+            d_xy = d_xy - (d_rgb[:, :, None] * truth_gradient(images, view, xy.detach())).sum(1)
+        sampler.update(e.detach(), q, w, d_xy)
+        # 6. the books, and the size of the next batch: half way to equal cost
+        count = {"step": t + 1, "rays": count["rays"] + len(xy), "samples": count["samples"] + out["samples"], "next_rays": len(xy)}
+        most = args.rays if args.batch == "rays" else args.pool
+        count["next_rays"] = int(min(max(len(xy) * (args.samples / max(out["samples"], 1)) ** 0.5, 64), most))
+        seconds = clock.stop()
+
+        for i, v in enumerate(shown):
+            visits[i].index_put_((y[view == v], x[view == v]), visits.new_ones(()), accumulate=True)
+        progress(t + 1, loss=loss, psnr=-10 * e.mean().log10(), rays_per_second=count["rays"] / seconds)
+        if (t + 1) % args.eval_every == 0 or t + 1 == args.steps:
+            n = tests if t + 1 == args.steps else min(args.eval_views, tests)
+            scores = evaluate(field, grid, scene, march_step, torch.linspace(0, tests - 1, n).round().long().tolist())
+            run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=float(loss), views=n, **scores)
+            for name, value in scores.items() if board else ():
+                board.add_scalar(name, value, t + 1)
+            (run.path / "walkers").mkdir(exist_ok=True)
+            save_png(run.path / "walkers" / f"{t + 1:06d}.png", walker_picture(field, grid, scene, march_step, shown, visits))
+            visits.zero_()
+            run.save({"field": field.state_dict(), "grid": grid.state_dict(), "sampler": sampler.state_dict(),
+                      "optimiser": optimiser.state_dict(), "random": random_state(), "count": count, "seconds": seconds})
+    progress.close()
+    return conclude(args, run, scene, field, grid, march_step, count, clock.seconds)
+
+
+def conclude(args: Args, run: Run, scene: Scene, field, grid, march_step: float, count: dict, seconds: float) -> dict:
+    """Score all test views, write the pictures and the summary."""
+    scores = evaluate(field, grid, scene, march_step, range(len(scene.test.images)), pictures=run.path)
+    frames = [torch.from_numpy(iio.imread(file)) / 255 for file in sorted((run.path / "walkers").glob("*.png"))]
+    save_video(run.path / "walkers.gif", frames, fps=4)
+    if args.video:
+        path = turntable(scene, 120)                                                                # (120, 3, 4)
+        views = replace(scene.test, c2w=path.to(args.device), images=scene.test.images[:1].expand(len(path), -1, -1, -1))
+        save_video(run.path / "render.mp4", [render_view(field, grid, views, v, scene, march_step)["rgb"] for v in range(len(path))])
+    summary = dict(method="soft_mining", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=count["step"],
+                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device)), **scores,
+                   sampling=args.sampling, rays=count["rays"], samples=count["samples"])
+    run.summary(**summary)
+    print(f"{scene.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scene.test.images)} test views after "
+          f"{count['step']} steps, {seconds:.1f} s of training; pictures in {run.path}")
+    return summary
+
+
+if __name__ == "__main__":
+    cli(PRESETS, train)
