@@ -8,11 +8,12 @@ Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the ca
 pixels of the images that were really loaded; the centre of the pixel in row i, column j is x = j + 0.5, y = i + 0.5. Ray
 directions are unit vectors, so a distance t along a ray is metric.
 
-    python common.py compare runs/a runs/b       # a table, and one picture
+    python common.py compare runs/a runs/b       # a table and one picture; with --curves FILE.svg PSNR against cost
     python common.py download lego               # a real scene -> data/nerf_synthetic/lego
     python common.py bricks --out data/bricks    # the built-in scene, written as files
 """
 import contextlib
+import html
 import http.client
 import io
 import json
@@ -192,9 +193,7 @@ def join_views(a: Views, b: Views) -> Views:
     if a.images.shape[1:] != b.images.shape[1:]:
         raise UserError(f"{b.names[0]}: {_wh(b.images[0])} px, but {a.names[0]} has {_wh(a.images[0])}: one size per scene, please")
     both = lambda x, y: None if x is None or y is None else torch.cat([x, y])
-    K = a.K
-    if a.K.shape != b.K.shape or not torch.equal(a.K, b.K):
-        K = torch.cat([v.K.expand(len(v.names), 3, 3) for v in (a, b)])
+    K = a.K if a.K.dim() == 2 and torch.equal(a.K, b.K) else torch.cat([v.K.expand(len(v.names), 3, 3) for v in (a, b)])
     return Views(both(a.images, b.images), both(a.c2w, b.c2w), K, both(a.alpha, b.alpha), both(a.depth, b.depth), a.names + b.names)
 
 
@@ -418,25 +417,17 @@ class Primitive:
     period: float = 0.1                         # of the pattern: side of a square, width of a stripe
 
 
-@dataclass
-class _Packed:                                  # the same, as tensors with one row per primitive
-    is_kind: dict[str, Tensor]                  # kind -> (P,) bool
-    centre: Tensor
-    half: Tensor
-    rotation: Tensor
-    colours: Tensor                             # (P, 2, 3)
-    pattern: Tensor
-    period: Tensor
-
-
-def _pack(primitives: list[Primitive]) -> _Packed:
-    rows = lambda values: torch.tensor(np.array(values), dtype=torch.float32)
-    is_kind = {kind: torch.tensor([p.kind == kind for p in primitives]) for kind in ("box", "cylinder", "ball")}
-    return _Packed(is_kind, rows([p.centre for p in primitives]), rows([p.half for p in primitives]),
-                   rows([np.eye(3) if p.rotation is None else p.rotation for p in primitives]),
-                   rows([[p.colour, p.colour2] for p in primitives]),
-                   torch.tensor([("plain", "checker", "stripes").index(p.pattern) for p in primitives]),
-                   rows([p.period for p in primitives]))
+class _Packed:
+    """The same as tensors, one row a primitive."""
+    def __init__(self, primitives: list[Primitive]):
+        rows = lambda values: torch.tensor(np.array(values), dtype=torch.float32)
+        self.is_kind = {kind: torch.tensor([p.kind == kind for p in primitives]) for kind in ("box", "cylinder", "ball")}     # (P,) bool each
+        self.centre, self.half = rows([p.centre for p in primitives]), rows([p.half for p in primitives])
+        self.period = rows([p.period for p in primitives])
+        self.rotation = rows([np.eye(3) if p.rotation is None else p.rotation for p in primitives])                           # (P, 3, 3)
+        self.turn = self.rotation.mT / self.half[:, :, None]            # from the world's axes to its own, in units of `half`
+        self.colours = rows([[p.colour, p.colour2] for p in primitives])                                                      # (P, 2, 3)
+        self.pattern = torch.tensor([("plain", "checker", "stripes").index(p.pattern) for p in primitives])
 
 
 def _interval(kind: str, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -448,12 +439,14 @@ def _interval(kind: str, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         inv = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
         a, b = (-1 - o) * inv, (1 - o) * inv
         return torch.minimum(a, b).amax(-2), torch.maximum(a, b).amin(-2)
-    n = 3 if kind == "ball" else 2                                      # |o + t d|^2 = 1 in n dimensions
-    on, dn = o[..., :n, :], d[..., :n, :]
-    a, b, c = (dn * dn).sum(-2).clamp_min(1e-12), (on * dn).sum(-2), (on * on).sum(-2) - 1
-    disc = b * b - a * c
-    root = disc.clamp_min(0).sqrt()
-    t_in, t_out = torch.where(disc > 0, (-b - root) / a, 1.0), torch.where(disc > 0, (-b + root) / a, -1.0)
+    (ox, oy, oz), (dx, dy, dz) = o.unbind(-2), d.unbind(-2)             # |o + t d|^2 = 1, for a cylinder in x and y only
+    a, b = dx * dx + dy * dy + 1e-12, ox * dx + oy * dy                 # 1e-12: for d along z
+    aside = (ox * dy - oy * dx) ** 2 + 1e-12 * (ox * ox + oy * oy)
+    if kind == "ball":
+        a, b, aside = a + dz * dz, b + oz * dz, aside + (oy * dz - oz * dy) ** 2 + (oz * dx - ox * dz) ** 2
+    root = (a - aside).sqrt()                                           # NaN: a miss. Not b^2 - a (|o|^2 - 1), which is equal,
+                                                                        # but for a thin rod far away nothing but rounding error
+    t_in, t_out = ((-b - root) / a).nan_to_num(1.0), ((-b + root) / a).nan_to_num(-1.0)
     if kind == "cylinder":
         z_in, z_out = _interval("box", o[..., 2:, :], d[..., 2:, :])
         t_in, t_out = torch.maximum(t_in, z_in), torch.minimum(t_out, z_out)
@@ -473,23 +466,23 @@ def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> t
     pad_rays = -R % packet
     if pad_rays:
         rays_o, rays_d = (torch.cat([x, x[-1:].expand(pad_rays, 3)]) for x in (rays_o, rays_d))
-    o, d = (x.reshape(-1, packet, 3).mT.contiguous() for x in (rays_o, rays_d))        # (B, 3, packet): sums over x, y, z
-    apex, axis = o.mean(2), F.normalize(d.mean(2), dim=-1)                             # the middle ray         are fast so
+    o, d = (x.reshape(-1, packet, 3).mT.contiguous() for x in (rays_o, rays_d))        # (B, 3, packet): sums over x, y, z are fast so
+    apex, axis = o.mean(2), F.normalize(d.mean(2), dim=-1)                             # the middle ray
     spread = (o - apex[..., None]).norm(dim=1).amax(1, keepdim=True)                   # |o_i - apex|
     chord = (d - axis[..., None]).norm(dim=1).amax(1, keepdim=True)                    # |d_i - axis|: a ray strays by chord * t
-    radius = shapes.half.norm(dim=-1)                                                  # of a ball around the primitive
+    radius, distance = shapes.half.norm(dim=-1), shapes.centre.norm(dim=-1)            # of a ball around each primitive
+    pad = spread + chord * (apex.norm(dim=-1, keepdim=True) + spread + (distance + radius).max()) + 1e-4               # (B, 1)
     along = axis @ shapes.centre.T - (axis * apex).sum(-1, keepdim=True)               # (B, P)
-    far = torch.cdist(apex, shapes.centre)
-    pad = spread + chord * (far + radius + spread) + 1e-4
-    aside = (far * far - along * along).clamp_min(0).sqrt()
-    b, p = ((aside <= radius + pad) & (along >= -radius - pad)).nonzero(as_tuple=True)
-    size = shapes.half[p] + pad[b, p, None]                                            # each as a box, thickened
+    far2 = torch.addmm(distance ** 2, apex, shapes.centre.T, alpha=-2) + (apex * apex).sum(-1, keepdim=True)           # |apex - centre|^2
+    reach = radius + pad
+    o, d = (x[..., :1] if (x == x[..., :1]).all() else x for x in (o, d))              # from one camera, or towards the sun
+    b, p = ((far2.addcmul_(along, along, value=-1) <= reach * reach + 1e-4) & (along >= -reach)).nonzero(as_tuple=True)
+    size = shapes.half[p] + pad[b]                                                     # each as a box, thickened
     turn = shapes.rotation[p].mT / size[..., None]
     t_in, t_out = _interval("box", turn @ (apex[b] - shapes.centre[p])[..., None], turn @ axis[b, :, None])
     t_in, t_out = t_in.squeeze(1), t_out.squeeze(1)
     keep = ((t_in <= t_out) & (t_out > 0)).nonzero().squeeze(1)
-    keep = keep[t_in[keep].argsort(stable=True)]
-    keep = keep[b[keep].argsort(stable=True)]                                          # by packet, nearest first
+    keep = keep[(b[keep].double() * 1e4 + t_in[keep]).argsort(stable=True)]            # by packet, nearest first
     b, p, t_in = b[keep], p[keep], t_in[keep]
     count = torch.bincount(b, minlength=len(o))
     start = count.cumsum(0) - count
@@ -505,13 +498,8 @@ def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> t
             mine = is_kind[q].nonzero().squeeze(1)
             if len(mine) == 0:
                 continue
-            k, dk = q[mine], d[a[mine]]
-            v = o[a[mine]] - shapes.centre[k, :, None]
-            mid = -(v * dk).sum(1, keepdim=True)        # start at the ray's nearest point: seen from afar, b*b - a*c of a
-            v = v + mid * dk                            # thin rod would be all rounding error
-            turn = shapes.rotation[k].mT / shapes.half[k, :, None]                     # world -> own axes, the unit shape
-            enter, leave = _interval(kind, turn @ v, turn @ dk)
-            enter, leave = enter + mid[:, 0], leave + mid[:, 0]
+            k = q[mine]
+            enter, leave = _interval(kind, shapes.turn[k] @ (o[a[mine]] - shapes.centre[k, :, None]), shapes.turn[k] @ d[a[mine]])
             hit = torch.where(enter > 1e-4, enter, leave)
             hits[mine] = torch.where((enter <= leave) & (hit > 1e-4), hit, torch.inf)
         best, which = hits.reshape(len(active), wide, packet).min(1)
@@ -524,19 +512,25 @@ def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> t
     return t.reshape(-1)[:R], index.reshape(-1)[:R]
 
 
-def raycast(primitives: list[Primitive], rays_o: Tensor, rays_d: Tensor, packet: int = 64,
-            sun: tuple = (0.45, -0.35, 0.82)) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour (R, 3), alpha (R,) 0 or 1, depth (R,) (0 where nothing is hit) of the first surface along rays (R, 3), on the CPU.
+SUN = (0.45, -0.35, 0.82)                       # towards the light
 
-    Shading: colour * (sky + sun * max(0, n.l) * [not in shadow]) + a small highlight; `sun` points towards the light. Only
-    sums, products and roots, so that the same rays give the same bits in every run.
-    """
-    shapes = _pack(primitives)
+
+def raycast(primitives: list[Primitive], rays_o: Tensor, rays_d: Tensor, packet: int = 64, sun: tuple = SUN) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour (R, 3), alpha (R,) 0 or 1, depth (R,) (0 where nothing is hit) of the first surface along rays (R, 3), on the CPU."""
+    shapes = _Packed(primitives)
     t, index = first_hit(shapes, rays_o, rays_d, packet)
-    colour, depth = torch.zeros_like(rays_o), torch.where(index >= 0, t, 0.0)
-    hit = (index >= 0).nonzero().squeeze(1)
+    return shade(shapes, rays_o, rays_d, t, index, sun), (index >= 0).float(), torch.where(index >= 0, t, 0.0)
+
+
+def shade(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, t: Tensor, index: Tensor, sun: tuple = SUN) -> Tensor:
+    """Colour (R, 3) of what first_hit found, black where it found nothing.
+
+    colour * (sky + sun * max(0, n.l) * [not in shadow]) + a small highlight. Only sums, products and roots, so that the same
+    rays give the same bits in every run.
+    """
+    colour, hit = torch.zeros_like(rays_o), (index >= 0).nonzero().squeeze(1)
     if len(hit) == 0:
-        return colour, torch.zeros_like(depth), depth
+        return colour
     p, d = index[hit], rays_d[hit]
     point = rays_o[hit] + t[hit, None] * d
     R, half = shapes.rotation[p], shapes.half[p]
@@ -557,56 +551,65 @@ def raycast(primitives: list[Primitive], rays_o: Tensor, rays_d: Tensor, packet:
     light = F.normalize(torch.tensor(sun), dim=0)
     lambert = (normal * light).sum(-1).clamp_min(0)
     lit = (lambert > 0).nonzero().squeeze(1)                                           # shadow rays, where they matter
-    # A shadow packet must not reach from one object, or picture, to the next. So each packet of the eye's rays makes one,
-    # its free places filled with copies of its first ray.
-    _, group, count = torch.unique_consecutive(hit[lit] // packet, return_inverse=True, return_counts=True)
-    first = count.cumsum(0) - count
-    place = group * packet + torch.arange(len(lit)) - first[group]
-    source = first.repeat_interleave(packet).index_copy(0, place, torch.arange(len(lit)))
-    start = (point[lit] + 2e-3 * normal[lit])[source]
-    blocked, _ = first_hit(shapes, start, light.expand(len(start), 3), packet)
-    lambert[lit] *= blocked[place].isinf()
+    cell = (point[lit] / 0.15).floor().long() @ torch.tensor([1 << 40, 1 << 20, 1])    # sorted by cells of 0.15 m: a packet stays
+    lit = lit[cell.argsort(stable=True)]                                               # in one place, whichever pixels see it
+    blocked, _ = first_hit(shapes, point[lit] + 2e-3 * normal[lit], light.expand(len(lit), 3), 64)
+    lambert[lit] *= blocked.isinf()
     sky = 0.42 + 0.16 * normal[:, 2]
     shine = (normal * F.normalize(light - d, dim=-1)).sum(-1).clamp_min(0) * (lambert > 0)
     for _ in range(5):
         shine = shine * shine                                                          # to the power 32
     colour[hit] = (base * (sky + 0.62 * lambert)[:, None] + 0.12 * shine[:, None]).clamp(0, 1)
-    return colour, (index >= 0).float(), depth
+    return colour
 
 
 def render_primitives(primitives: list[Primitive], c2w: Tensor, K: Tensor, H: int, W: int, bg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Antialiased pictures of primitives: images (V, H, W, 3), alpha (V, H, W), depth (V, H, W).
 
-    Every pixel is the mean of 3x3 rays; the ray in the middle goes through the pixel's centre and gives the depth.
+    One ray through each pixel's centre first, which gives the depth. Then eight more, a grid of 3x3 with the first, for the
+    pixels that need them: those with another colour, or background, among their eight neighbours.
     """
-    block, rays = 2, 36                                                 # a packet: 2x2 pixels of 9 rays each
-    side = torch.arange(block)
-    by, bx = torch.meshgrid(torch.arange(-(-H // block)), torch.arange(-(-W // block)), indexing="ij")
-    row = (by.reshape(-1, 1) * block + side.repeat_interleave(block)).clamp_max(H - 1)           # (B, 4)
-    col = (bx.reshape(-1, 1) * block + side.repeat(block)).clamp_max(W - 1)
-    sub = (torch.arange(3) + 0.5) / 3
-    xy = torch.stack([col[..., None] + sub.repeat(3), row[..., None] + sub.repeat_interleave(3)], -1)   # (B, 4, 9, 2)
-    images, alpha, depth = torch.empty(len(c2w), H, W, 3), torch.empty(len(c2w), H, W), torch.empty(len(c2w), H, W)
+    shapes, V = _Packed(primitives), len(c2w)
+    colour, alpha, depth = torch.empty(V, H, W, 3), torch.empty(V, H, W), torch.empty(V, H, W)
+    z_order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15])     # in blocks of 4x4: whoever is near in the list
+    by, bx = torch.meshgrid(torch.arange(-(-H // 4)), torch.arange(-(-W // 4)), indexing="ij")     # is near in the picture
+    row, col = (by.reshape(-1, 1) * 4 + z_order // 4).flatten(), (bx.reshape(-1, 1) * 4 + z_order % 4).flatten()
+    inside, row, col = (row < H) & (col < W), row.clamp_max(H - 1), col.clamp_max(W - 1)           # whole blocks: some pixels come twice
+    centre, others = torch.tensor([[0.5, 0.5]]), torch.tensor([[x / 6, y / 6] for y in (1, 3, 5) for x in (1, 3, 5) if (x, y) != (3, 3)])
 
-    def work(job):
-        v, b = job.unbind(1)
-        rays_o, rays_d = pixel_rays(xy[b].reshape(-1, 2), K, c2w[v].repeat_interleave(rays, 0))
-        colour, hit, t = raycast(primitives, rays_o, rays_d, packet=rays)
-        colour, hit = colour.reshape(len(b), 4, 9, 3).mean(2), hit.reshape(len(b), 4, 9).mean(2)
-        where = (v[:, None], row[b], col[b])
-        images[where] = colour + (1 - hit[..., None]) * bg              # misses are black: the mean is premultiplied
-        alpha[where] = hit
-        depth[where] = t.reshape(len(b), 4, 9)[..., 4]
+    def trace(job, points, packet):             # job (n, 2): view, place in the list; points (S, 2) in a pixel
+        v, k = job.unbind(1)                    # -> where to write, colour (n, S, 3), t, index (n, S)
+        n, S, where = len(job), len(points), (v, row[k], col[k])
+        xy = torch.stack([col[k], row[k]], -1)[:, None] + points
+        rays_o, rays_d = pixel_rays(xy.reshape(-1, 2), K, c2w[v].repeat_interleave(S, 0))
+        t, which = first_hit(shapes, rays_o, rays_d, packet)
+        return where, shade(shapes, rays_o, rays_d, t, which).view(n, S, 3), t.view(n, S), which.view(n, S)
 
-    jobs = torch.cartesian_prod(torch.arange(len(c2w)), torch.arange(len(row))).split(8192)      # about 300 000 rays each
+    def first(job):
+        where, c, t, which = trace(job, centre, 16)
+        hit = which[:, 0] >= 0
+        colour[where], alpha[where], depth[where] = c[:, 0], hit.float(), torch.where(hit, t[:, 0], 0.0)
+
+    def rough(v):                               # -> the pixels of picture v that need more rays
+        x = torch.cat([colour[v].movedim(-1, 0), alpha[v, None]])
+        spread = F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)                  # largest minus smallest around
+        k = ((spread > 0.06).any(0)[row, col] & inside).nonzero().squeeze(1)
+        k = torch.cat([k, k[-1:].expand(-len(k) % 4)])                                 # whole packets: each sees one picture
+        return torch.stack([torch.full_like(k, v), k], 1)
+
+    def again(job):
+        where, c, _, which = trace(job, others, 32)
+        colour[where], alpha[where] = (colour[where] + c.sum(1)) / 9, (alpha[where] + (which >= 0).sum(1)) / 9
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # the operations are small: whole jobs side by side go faster than each one split up
     try:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, jobs))
+            list(pool.map(first, torch.cartesian_prod(torch.arange(V), torch.arange(len(row))).split(1 << 17)))
+            list(pool.map(again, torch.cat(list(pool.map(rough, range(V)))).split(1 << 16)))
     finally:
         torch.set_num_threads(threads)
-    return images.clamp(0, 1), alpha, depth
+    return (colour + (1 - alpha[..., None]) * bg).clamp(0, 1), alpha, depth            # misses are black: the mean is premultiplied
 
 
 def turned(axis: str, degrees: float) -> np.ndarray:
@@ -624,24 +627,24 @@ def placed(parts: list[Primitive], centre, rotation: np.ndarray) -> list[Primiti
     return [replace(p, centre=tuple(rotation @ p.centre + centre), rotation=rotation @ own(p)) for p in parts]
 
 
-def brick(x: float, y: float, z: float, nx: int, ny: int, height: float, colour, studs: bool = True) -> list[Primitive]:
-    """A brick of nx x ny studs with its lowest corner at (x, y, z). All in units of one stud's pitch. It is a little
-    smaller than its place, so that seams show."""
+def studs(x: float, y: float, z: float, nx: int, ny: int, colour) -> list[Primitive]:
+    """nx x ny studs standing at height z, lengths in units of their pitch."""
+    return [Primitive("cylinder", (x + i + 0.5, y + j + 0.5, z + 0.1), (0.3, 0.3, 0.12), colour) for i in range(nx) for j in range(ny)]
+
+
+def brick(x: float, y: float, z: float, nx: int, ny: int, height: float, colour, bare: bool = False) -> list[Primitive]:
+    """A brick of nx x ny studs (bare: without them) with its lowest corner at (x, y, z), a little smaller than its place: seams show."""
     gap = 0.03
-    parts = [Primitive("box", (x + nx / 2, y + ny / 2, z + height / 2), (nx / 2 - gap, ny / 2 - gap, height / 2 - gap / 2), colour)]
-    if studs:
-        parts += [Primitive("cylinder", (x + i + 0.5, y + j + 0.5, z + height + 0.1), (0.3, 0.3, 0.12), colour) for i in range(nx) for j in range(ny)]
-    return parts
+    box = Primitive("box", (x + nx / 2, y + ny / 2, z + height / 2), (nx / 2 - gap, ny / 2 - gap, height / 2 - gap / 2), colour)
+    return [box] + ([] if bare else studs(x, y, z + height, nx, ny, colour))
 
 
 def rod(a, b, radius: float, colour) -> Primitive:
     """A thin cylinder from a to b."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    axis = (b - a) / np.linalg.norm(b - a)
-    side = np.cross(axis, (1, 0, 0) if abs(axis[0]) < 0.9 else (0, 1, 0))
-    side = side / np.linalg.norm(side)
-    return Primitive("cylinder", tuple((a + b) / 2), (radius, radius, np.linalg.norm(b - a) / 2), colour,
-                     np.stack([side, np.cross(axis, side), axis], -1))
+    length = np.linalg.norm(b - a)
+    up = (1, 0, 0) if abs(b[0] - a[0]) < 0.9 * length else (0, 1, 0)    # anything but parallel
+    return Primitive("cylinder", tuple((a + b) / 2), (radius, radius, length / 2), colour, look_at(b, a, up)[:, :3])
 
 
 def truck() -> list[Primitive]:
@@ -652,7 +655,7 @@ def truck() -> list[Primitive]:
     glass, lamp, orange = (0.45, 0.66, 0.80), (1.0, 0.93, 0.60), (0.96, 0.45, 0.06)
     parts = []
     # Below, lengths are in studs; x forward from -8 to 8, y to the left from -3 to 3, z = 0 at the frame.
-    parts += brick(-8, -2, 0, 16, 4, 0.6, dark, studs=False)                                      # frame
+    parts += brick(-8, -2, 0, 16, 4, 0.6, dark, bare=True)                                        # frame
     for x in (-5.6, -2.6, 5.0):                                                                   # wheels
         for side in (-1, 1):
             turn = turned("x", -90 * side)                                                        # its z axis points outwards
@@ -661,14 +664,14 @@ def truck() -> list[Primitive]:
                      Primitive("cylinder", (0, 0, 0.2), (0.32, 0.32, 0.62), red)]
             wheel += [Primitive("ball", (0.58 * math.cos(a), 0.58 * math.sin(a), 0.7), (0.11,) * 3, dark) for a in np.arange(6) * math.pi / 3]
             wheel += [Primitive("box", (1.42 * math.cos(a), 1.42 * math.sin(a), 0), (0.12, 0.14, 0.58), black, turned("z", math.degrees(a)))
-                      for a in np.arange(16) * math.pi / 8]                                        # tread
+                      for a in np.arange(12) * math.pi / 6]                                        # tread
             parts += placed(wheel, np.array([x, 2.55 * side, -0.3]), turn)
     for y in (-3, 2):                                                                             # mudguards
-        parts += brick(3.4, y, 1.35, 3, 1, 0.4, blue)
-    parts += brick(7.2, -3, -0.2, 1, 6, 0.7, grey, studs=False)                                   # bumper
+        parts += brick(3.4, y, 1.35, 3, 1, 0.4, blue, bare=True)
+    parts += brick(7.2, -3, -0.2, 1, 6, 0.7, grey, bare=True)                                     # bumper
     # Cab
-    parts += brick(2, -3, 0.6, 2, 6, 1.2, red, studs=False) + brick(4, -2, 0.6, 4, 4, 1.2, red, studs=False)
-    parts += brick(2, -3, 1.8, 6, 6, 1.2, red)                                                    # bonnet with studs
+    parts += brick(2, -3, 0.6, 2, 6, 1.2, red, bare=True) + brick(4, -2, 0.6, 4, 4, 1.2, red, bare=True)
+    parts += brick(2, -3, 1.8, 6, 6, 1.2, red, bare=True) + studs(6, -3, 3.0, 2, 6, red)          # bonnet; no studs where nobody sees them
     parts += [Primitive("box", (3.9, 0, 4.1), (1.65, 2.65, 1.15), glass)]                         # the windows are one block
     for x, y in ((2.25, -2.75), (2.25, 2.75), (5.55, -2.75), (5.55, 2.75)):                       # of glass behind four posts
         parts.append(Primitive("box", (x, y, 4.1), (0.25, 0.25, 1.13), red))
@@ -679,17 +682,17 @@ def truck() -> list[Primitive]:
     for y in (-2.35, 2.35):
         parts += [Primitive("cylinder", (8.0, y, 2.1), (0.48, 0.48, 0.2), grey, turned("y", 90)),
                   Primitive("ball", (8.15, y, 2.1), (0.22, 0.38, 0.38), lamp), Primitive("box", (8.22, y, 0.15), (0.1, 0.5, 0.18), orange)]
-    parts += [rod((5.9, 2.3, 3.0), (6.6, 2.6, 7.9), 0.07, dark), Primitive("ball", (6.6, 2.6, 7.9), (0.16,) * 3, red)]   # antenna
+    parts += [rod((5.9, 2.3, 3.0), (6.6, 2.6, 7.9), 0.1, dark), Primitive("ball", (6.6, 2.6, 7.9), (0.16,) * 3, red)]   # antenna
     parts += [rod((1.5, -2.5, 0.6), (1.5, -2.5, 6.9), 0.2, grey), rod((1.5, 2.5, 0.6), (1.5, 2.5, 6.9), 0.2, grey)]      # exhausts
     for y in (-1, 1):                                                                             # mirrors
         parts += [rod((5.4, 2.9 * y, 3.6), (5.9, 3.6 * y, 3.9), 0.07, dark), Primitive("box", (5.9, 3.7 * y, 4.1), (0.08, 0.25, 0.45), dark)]
     # Bed, tipped by ten degrees about its rear edge
-    bed = brick(0, -3, 0, 9, 6, 0.5, grey)
+    bed = brick(0, -3, 0, 9, 6, 0.5, grey, bare=True) + studs(0, -2, 0.5, 1, 4, grey) + studs(5, -2, 0.5, 3, 4, grey)
     for y in (-3, 2):
         for row in range(3):                                                                      # walls, bricks in running bond
             x = 0
             for n in ((3, 3, 3), (1, 4, 4), (2, 4, 3))[row]:
-                bed += brick(x, y, 0.5 + 1.0 * row, n, 1, 1.0, yellow, studs=row == 2)
+                bed += brick(x, y, 0.5 + 1.0 * row, n, 1, 1.0, yellow, bare=row < 2)
                 x += n
     bed += brick(8, -2, 0.5, 1, 4, 3.0, yellow)                                                   # front wall
     bed.append(Primitive("box", (-0.12, 0, 1.9), (0.12, 2.9, 1.5), yellow, None, "stripes", black, 0.55))   # tailboard
@@ -713,8 +716,7 @@ def load_bricks(split: str, size: int | None, bg: Tensor) -> Views:
     """The built-in truck through cameras like those of the Blender set: angle of view 0.6911112 rad, 4.031 from the middle.
 
     "train": 100, "val": 25 positions on the upper hemisphere from a fixed seed; "test": 25 on a full turn at 15 to 45
-    degrees. size None: 200 px. Any size, at a cost that
-    grows with the number of pixels: 100 px takes about 15 s of one core, 800 px many minutes.
+    degrees. size None: 200 px. The cost grows with the number of pixels: 100 px take about 8 s of one core.
     """
     size = 200 if size is None else size
     if size < 1:
@@ -1025,26 +1027,27 @@ def environment() -> dict:
 class Run:
     """A run's folder: args.json, env.json, metrics.jsonl, summary.json, ckpt.pt. It never overwrites another run.
 
-    out None: runs/<method>-<scene>-<time>, else exactly `out`. resume: the folder of the run to continue.
+    out None: runs/<method>-<scene>-<time>, else exactly `out`. resume: the folder of the run to continue; `resumed` tells whether it has
+    a checkpoint, as a run that was killed before its first one starts again from the beginning.
     Raises UserError if the folder holds a run and resume is off, if resume finds none, or if it cannot be written.
     """
     def __init__(self, method: str, scene_name: str, out: str | Path | None, args: dict, resume: bool = False):
         self.identity, self.args = {"method": method, "scene": scene_name}, plain(args)
-        if resume:
-            if out is None:
-                raise UserError("--resume needs --out DIR, the folder of the run to continue")
-            self.path = Path(out)
-            if not (self.path / "ckpt.pt").is_file():
-                raise UserError(f"{self.path}: no ckpt.pt to resume from: check --out, or leave --resume away to start afresh")
-            return
         name = f"{method}-{scene_name}-{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(out) if out is not None else Path("runs") / name
+        self.resumed = resume and (self.path / "ckpt.pt").is_file()
+        if resume and out is None:
+            raise UserError("--resume needs --out DIR, the folder of the run to continue")
+        if resume and not (self.resumed or (self.path / "args.json").is_file()):
+            raise UserError(f"{self.path}: no ckpt.pt to resume from: check --out, or leave --resume away to start afresh")
+        if self.resumed:
+            return
         try:
             n = 1
             while out is None and self.path.exists():                   # two runs started within a second
                 n += 1
                 self.path = Path("runs") / f"{name}-{n}"
-            if any((self.path / f).exists() for f in ("args.json", "ckpt.pt", "metrics.jsonl")):
+            if not resume and any((self.path / f).exists() for f in ("args.json", "ckpt.pt", "metrics.jsonl")):
                 raise UserError(f"{self.path}: already holds a run: --resume to continue it, or another --out")
             self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self.path / "args.json", self.args)
@@ -1114,7 +1117,7 @@ def set_random_state(state: dict) -> None:
 
 
 class Progress:
-    """One line: step, values, time left. Rewritten in place on a terminal, printed every 10 s elsewhere."""
+    """One line: step, values, seconds left. Rewritten in place on a terminal, printed every 10 s elsewhere."""
     def __init__(self, total: int, start: int = 0):
         self.total, self.start, self.began, self.last = total, start, time.monotonic(), -math.inf
         self.tty = sys.stdout.isatty()
@@ -1126,7 +1129,7 @@ class Progress:
             return
         self.last = now
         left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
-        shown = "  ".join(f"{name} {float(v):.4g}" for name, v in values.items())
+        shown = "  ".join(f"{name} {float(v.detach() if isinstance(v, Tensor) else v):.4g}" for name, v in values.items())
         line = f"step {step}/{self.total}  {shown}  {left:.0f} s left"
         print(f"\r{line:<100}" if self.tty else line, end="" if self.tty else "\n", flush=True)
 
@@ -1170,53 +1173,173 @@ def peak_memory_mb(device="cpu") -> float:
 
 @dataclass
 class Compare:
-    """A Markdown table of finished runs, and one picture with their first test views below each other."""
+    """A Markdown table of finished runs, one picture with their first test views below each other, and PSNR against cost as curves.
+
+    Runs whose names differ only by their seed (lmc-s0, lmc-s1, ...) count as one: mean and sample standard deviation.
+    """
     runs: tyro.conf.Positional[list[Path]]
     """Run folders."""
     out: Path = Path("compare.png")
     """Where the picture goes."""
+    curves: Path | None = None
+    """Where the curves go (FILE.svg): held-out PSNR against steps, rays, samples and training seconds."""
 
     def __call__(self) -> None:
         if not self.runs:
             raise UserError("compare needs at least one run folder: python common.py compare runs/A runs/B")
+        if self.curves and self.curves.suffix != ".svg":
+            raise UserError(f"--curves {self.curves}: the curves are written as SVG: give a name that ends in .svg")
         print(compare(self.runs))
         pictures = [(run, read_image(run / "test_000.png")[..., :3]) for run in self.runs if (run / "test_000.png").is_file()]
-        if pictures:
-            W = max(image.shape[1] for _, image in pictures)
-            rows = [np.pad(image, ((0, 4), (0, W - image.shape[1]), (0, 0)), constant_values=1) for _, image in pictures]
-            try:
+        path, flag = self.out, "--out"
+        try:
+            if pictures:
+                W = max(image.shape[1] for _, image in pictures)
+                rows = [np.pad(image, ((0, 4), (0, W - image.shape[1]), (0, 0)), constant_values=1) for _, image in pictures]
                 save_png(self.out, torch.from_numpy(np.concatenate(rows)))
-            except OSError as error:
-                raise UserError(f"--out {self.out}: cannot be written ({error.strerror}): choose another --out") from None
-            print(f"\n{self.out}, from top to bottom (ground truth | render | error | depth): " + ", ".join(run.name for run, _ in pictures))
+                print(f"\n{self.out}, from top to bottom (ground truth | render | error | depth): " + ", ".join(run.name for run, _ in pictures))
+            if self.curves:
+                path, flag = self.curves, "--curves"
+                self.curves.write_text(draw_curves(self.runs), encoding="utf-8")
+                print(f"\n{self.curves}: held-out PSNR against cost")
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot be written ({error.strerror}): choose another {flag}") from None
+
+
+def read_runs(runs: list[Path]) -> dict[str, list[tuple[dict, list[dict]]]]:
+    """label -> its runs, each as (summary, evaluations); one label for runs in a folder whose names differ only in a trailing -s<seed>."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.with_name(re.sub(r"-s\d+$", "", run.name)) if run.name else run, []).append(run)
+    out = {}
+    for group, members in groups.items():
+        read = []
+        for run in members:
+            try:
+                summary = json.loads((run / "summary.json").read_text())
+                lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            except (OSError, ValueError) as error:
+                raise UserError(f"{run}: not a finished run ({error}): it needs summary.json and metrics.jsonl") from None
+            read.append((summary, [line for line in lines if None not in (line.get("step"), line.get("train_seconds"), line.get("psnr"))]))
+        label = members[0].name if len(members) == 1 else f"{group.name} ({len(members)} runs)"
+        out[label if label not in out else str(members[0])] = read
+    return out
+
+
+def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
+    """The least `cost` ("step", "train_seconds") at which a run's PSNR is `target`, linear between evaluations; None: never.
+    A run that is there at its first evaluation gets that evaluation's cost. Pocket check: 20 dB at step 10, 24 dB at 20: 23 dB at 17.5."""
+    for i, line in enumerate(curve):
+        if line["psnr"] >= target:
+            before = curve[max(i - 1, 0)]
+            share = 1 if i == 0 else (target - before["psnr"]) / (line["psnr"] - before["psnr"])
+            return before[cost] + share * (line[cost] - before[cost])
+    return None
 
 
 def compare(runs: list[Path]) -> str:
-    """The table of `python common.py compare`: each run's end; its PSNR at the largest step that all runs evaluated; and
-    its PSNR at the largest training time that all reached, linear between evaluations. "-" where a run does not say."""
-    summaries, curves = [], []
-    for run in runs:
-        try:
-            summaries.append(json.loads((run / "summary.json").read_text()))
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{run}: not a finished run ({error}): it needs summary.json and metrics.jsonl") from None
-        curves.append([line for line in lines if None not in (line.get("step"), line.get("train_seconds"), line.get("psnr"))])
+    """The table of `python common.py compare`, one row a run or a group of seeds: the end; PSNR at the largest step that all
+    runs evaluated; PSNR at the largest training time that all reached, linear between evaluations; and the cost of the FIRST
+    row's final PSNR as a share of that row's whole cost ("0.60 (2 of 3)": the mean over the runs that got there).
+    A group shows mean ± sample standard deviation where its runs differ; "-" where a run does not say."""
+    groups = read_runs(runs)
+    first = [curve for _, curve in next(iter(groups.values()))]
+    curves = [curve for group in groups.values() for _, curve in group]
     shared = set.intersection(*({line["step"] for line in curve} for curve in curves))
     step = max(shared) if shared else None
-    seconds = min((curve[-1]["train_seconds"] for curve in curves), default=None) if all(curves) else None
+    seconds = min(curve[-1]["train_seconds"] for curve in curves) if all(curves) else None
+    target = np.mean([curve[-1]["psnr"] for curve in first]) if all(first) else None
 
-    def cell(value, digits):
-        return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
+    def cell(values, digits):
+        if None in values:
+            return "-"
+        if isinstance(values[0], str):
+            return " / ".join(dict.fromkeys(values))
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+
+    def share(group, cost):
+        reached = [] if target is None else [c for _, curve in group if (c := cost_to_reach(curve, target, cost)) is not None]
+        whole = np.mean([curve[-1][cost] for curve in first]) if reached else 0
+        if whole == 0:
+            return "-"
+        if len(reached) < len(group):
+            return f"{np.mean(reached) / whole:.2f} ({len(reached)} of {len(group)})"
+        return cell([c / whole for c in reached], 2)
+
+    to = "the first's" if target is None else f"{target:.2f} dB"
     table = [["run", "method", "scene", "data", "px", "steps", "train s", "MB", "PSNR", "SSIM",
-              "PSNR at equal steps" + (f" ({step})" if step is not None else ""), "PSNR at equal seconds" + (f" ({seconds:.0f})" if seconds is not None else "")]]
-    table.append(["---"] * 5 + ["---:"] * 7)
-    for run, s, curve in zip(runs, summaries, curves):
-        at_step = next((line["psnr"] for line in curve if line["step"] == step), None)
-        at_time = None if seconds is None else float(np.interp(seconds, [c["train_seconds"] for c in curve], [c["psnr"] for c in curve]))
-        table.append([run.name, *(cell(s.get(k), 0) for k in ("method", "scene", "data", "size", "steps")), cell(s.get("train_seconds"), 1),
-                      cell(s.get("peak_memory_mb"), 0), cell(s.get("psnr"), 2), cell(s.get("ssim"), 4), cell(at_step, 2), cell(at_time, 2)])
+              "PSNR at equal steps" + (f" ({step})" if step is not None else ""),
+              "PSNR at equal seconds" + (f" ({seconds:.0f})" if seconds is not None else ""),
+              f"share of steps to {to}", f"share of train s to {to}"]]
+    table.append(["---"] * 5 + ["---:"] * 9)
+    for label, group in groups.items():
+        keys = dict(method=0, scene=0, data=0, size=0, steps=0, train_seconds=1, peak_memory_mb=0, psnr=2, ssim=4)
+        at_step = [next((line["psnr"] for line in curve if line["step"] == step), None) for _, curve in group]
+        at_time = [None if seconds is None else np.interp(seconds, [line["train_seconds"] for line in curve], [line["psnr"] for line in curve])
+                   for _, curve in group]
+        table.append([label, *(cell([summary.get(key) for summary, _ in group], digits) for key, digits in keys.items()),
+                      cell(at_step, 2), cell(at_time, 2), share(group, "step"), share(group, "train_seconds")])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def round_ticks(lo: float, hi: float, most: int = 5) -> np.ndarray:
+    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) in [lo, hi], lo < hi."""
+    unit = 10 ** math.floor(math.log10((hi - lo) / most))
+    gap = next(unit * k for k in (1, 2, 5, 10, 20) if math.floor(hi / (unit * k)) - math.ceil(lo / (unit * k)) < most)
+    return gap * np.arange(math.ceil(lo / gap), math.floor(hi / gap) + 1)
+
+
+def draw_curves(runs: list[Path]) -> str:
+    """SVG text: held-out PSNR against steps, rays, samples, training seconds (a panel is left out where no run has its numbers).
+    Seeds of one run: a line through their means, linear between evaluations, in a band from the least to the greatest."""
+    groups = read_runs(runs)
+    colours = ("#2f81f7", "#e5711d", "#2da44e", "#d1549b", "#8b6cef", "#a8850a")       # each readable on white and on black,
+    grey = "#808890"                                                                   # and so is this
+    stroke = lambda i: f'stroke="{colours[i % 6]}"' + (' stroke-dasharray="5 3"' if i >= 6 else "")                    # then again, dashed
+    bands = {}                                                          # (cost, label) -> x (n,), PSNR of each run (runs, n)
+    for cost in ("step", "rays", "samples", "train_seconds"):
+        for label, group in groups.items():
+            lines = [[line for line in curve if line.get(cost) is not None] for _, curve in group]
+            if all(lines):
+                x = np.unique([line[cost] for curve in lines for line in curve])
+                x = x[(x >= max(curve[0][cost] for curve in lines)) & (x <= min(curve[-1][cost] for curve in lines))]
+                if len(x):                                              # where all its runs have been
+                    y = [np.interp(x, [line[cost] for line in curve], [line["psnr"] for line in curve]) for curve in lines]
+                    bands[cost, label] = x, np.stack(y)
+    if not bands:
+        raise UserError(f"{runs[0]}: no evaluations to draw: its metrics.jsonl needs lines with step, train_seconds and psnr")
+    costs = list(dict.fromkeys(cost for cost, _ in bands))
+    lo, hi = min(y.min() for _, y in bands.values()), max(y.max() for _, y in bands.values())
+    lo, hi = lo - 0.05 * (hi - lo) - 0.1, hi + 0.05 * (hi - lo) + 0.1
+    w, h, pitch, left, top = 190, 170, 245, 45, 12                      # of a panel, in pixels
+    body, text = [], lambda x, y, words, anchor: f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+    for panel, cost in enumerate(costs):
+        x0, x_max = left + panel * pitch, max(max(x.max() for (c, _), (x, _) in bands.items() if c == cost), 1e-9)
+        X, Y = lambda x: x0 + w * x / x_max, lambda y: top + h * (hi - y) / (hi - lo)
+        for y in round_ticks(lo, hi):
+            body += [f'<path d="M{x0} {Y(y):.1f}h{w}" stroke="{grey}" stroke-opacity="0.3"/>', text(x0 - 6, Y(y) + 4, f"{y:g}", "end")]
+        for x in round_ticks(0, x_max, 4):
+            short = next((f"{x / n:g}{unit}" for n, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if x >= n), f"{x:g}")
+            body += [f'<path d="M{X(x):.1f} {top + h}v4" stroke="{grey}"/>', text(X(x), top + h + 17, short, "middle")]
+        title = {"step": "steps", "train_seconds": "training seconds"}.get(cost, cost)
+        body += [f'<path d="M{x0} {top}v{h}h{w}" fill="none" stroke="{grey}"/>', text(x0 + w / 2, top + h + 35, title, "middle")]
+        for i, label in enumerate(groups):
+            if (cost, label) in bands:
+                x, y = bands[cost, label]
+                path = lambda x, y: " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in zip(x, y))
+                if len(y) > 1:
+                    body.append(f'<polygon points="{path(x, y.min(0))} {path(x[::-1], y.max(0)[::-1])}" fill="{colours[i % 6]}" fill-opacity="0.2"/>')
+                body.append(f'<polyline points="{path(x, y.mean(0))}" fill="none" {stroke(i)} stroke-width="2"/>')
+    x, y, width = left, top + h + 60, max(len(costs) * pitch, 400)
+    for i, label in enumerate(groups):                                  # the legend, broken into lines
+        if x > left and x + 40 + 7 * len(label) > width:
+            x, y = left, y + 18
+        body += [f'<path d="M{x} {y - 4}h18" {stroke(i)} stroke-width="3"/>', text(x + 24, y, label, "start")]
+        x += 45 + 7 * len(label)
+    body.append(f'<text transform="translate(10 {top + h / 2}) rotate(-90)" text-anchor="middle">held-out PSNR [dB]</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 12}" width="{width}" height="{y + 12}" font-family="sans-serif" '
+            f'font-size="12" fill="{grey}">\n' + "\n".join(body) + "\n</svg>\n")
 
 
 @dataclass

@@ -1,4 +1,42 @@
-"""DOCSTRING PENDING"""
+"""Soft Mining: train on the pixels that still have error (Kheradmand et al., CVPR 2024, arXiv 2312.00075).
+
+The idea in five lines. Most pixels of a picture are fitted early; rays through them are wasted. Draw pixels from a density Q that
+follows the present error instead, and divide a part of it, Q^alpha, back out of the loss: alpha = 0 is hard mining, alpha = 1 is
+importance sampling, in between is soft mining. To draw from Q without ever storing it, let every ray be a random walker on its image
+plane: it drifts up the gradient of log Q at its own pixel, which the ordinary backward pass leaves there for a little extra work, it
+diffuses, it dies where there is nothing left to learn, and it is born again where images have edges.
+
+| paper                        | here                                                                                   |
+|------------------------------|----------------------------------------------------------------------------------------|
+| f(x), gt(x)                  | out["rgb"], truth                                                                      |
+| err(x) = |f - gt|_2^2        | e, mean over channels                                                                  |
+| Q(x) = |f - gt|_1            | q, mean over channels; weights and deaths use it, the drift its smooth twin sqrt(e)    |
+| alpha, a, b                  | --alpha, --drift, --noise                                                              |
+| x_n, N                       | view, xy; len(xy)                                                                      |
+
+    L = 1/N sum_n err(x_n) / sg(Q(x_n))^alpha          soft_weight; step 3 of train
+    x <- x + a grad log Q(x) + b eta, eta ~ N(0, I)    Walkers.update, grad_log_q; step 5 of train
+    alpha grows linearly in the first steps            --warmup; step 3 of train
+
+Where the released code differs from this file (class ReleasedWalkers, --as-released, brings it back, bugs included):
+(1) Its drift is divided by N, and adds a gradient per pixel to a position in image sides: at 800 px and 4100 rays the walk is nearly
+    pure diffusion, of stationary density Q^0.06. Here it is Q^drift at every resolution and batch size.
+(2) Its noise is 0.02 of each side, so walks in wide images are faster sideways. Here it is a share of the longer side, both ways.
+(3) Its 10 % of uniform pixels are always those of the last 10 % of the images. Here they are spread over all.
+(4) Its edge maps are divided by the maximum of each pixel column. Here by the image's.
+(5) Its edges are those of pictures on black (it trains on white), with a zero border that counts as an edge. Here neither.
+(6) Its exponent climbs by 1/1000 a step whatever alpha is; deaths go by the weighted loss. Here alpha is reached after --warmup steps,
+    and deaths go by q.
+Both leave the ground truth's own gradient out of grad log Q; --truth-gradient puts it in. Ours, not the paper's: marching through an
+occupancy grid instead of a proposal network; no standardising of features inside the field; batches of equal sample count;
+--walkers global, whose walkers leave images that are fitted.
+
+An honest clock. A mined ray hits the object more often than a uniform one, so at equal rays a step of Soft Mining costs more. With
+--batch samples every step renders equally many samples, whatever their rays; metrics.jsonl counts steps, rays, samples and seconds.
+
+    python soft_mining.py --scene lego                    RESULT_QUICK
+    python soft_mining.py --scene lego --preset paper     for a GPU; not run
+"""
 from __future__ import annotations
 
 import math
@@ -42,13 +80,13 @@ class Args:
 
     size: int = 100
     """Longer image side [pixels]."""
-    steps: int = 800
+    steps: int = 3000
     """Optimiser steps."""
-    rays: int = 1024
-    """Rays a step (N). With --batch samples: the number to start from."""
-    batch: Literal["rays", "samples"] = "rays"
+    batch: Literal["rays", "samples"] = "samples"
     """What every step has equally many of. `samples` adapts the number of rays, so that all steps cost the same."""
-    samples: int = 2 ** 14
+    rays: int = 256
+    """Rays a step (N). With --batch samples: of the first step."""
+    samples: int = 8192
     """Samples a step with --batch samples."""
     pool: int = 8192
     """Walkers kept with --batch samples, and the most rays a step; each step draws and moves some of them."""
@@ -63,13 +101,13 @@ class Args:
     """Exponent of the soft weight 1/Q^alpha: 0 hard mining, 1 importance sampling."""
     warmup: int = 100
     """Steps in which the exponent grows linearly from 0 to alpha."""
-    weighting: Optional[bool] = None
-    """Soft weights in the loss (default: for every sampling but uniform)."""
+    weighting: Literal["auto", "on", "off"] = "auto"
+    """Soft weights in the loss. auto: for every sampling but uniform."""
     clamp: bool = True
     """Clamp the weights of a batch to [0.2, mean + std]."""
-    drift: float = 1.0
+    drift: float = 4.0
     """Langevin drift: the walkers' stationary density is Q^drift (1: Q itself, 0: plain diffusion)."""
-    noise: float = 0.02
+    noise: float = 0.05
     """Langevin noise b: standard deviation of one move [longer image sides]."""
     pixel_gradient: bool = True
     """Walkers feel grad log Q (off: they only diffuse, die and are reborn)."""
@@ -86,7 +124,7 @@ class Args:
     refresh: int = 10
     """Steps between two rebuilds of the multinomial sampler's table."""
     as_released: bool = False
-    """The released code's sampler and constants to the letter, its bugs included (see the table above)."""
+    """The released code's sampler and constants to the letter, bugs included, with equal rays a step (list above)."""
 
     levels: int = 8
     """Hash grid levels (L)."""
@@ -98,13 +136,13 @@ class Args:
     """Cells a side of the coarsest level."""
     finest: int = 256
     """Cells a side of the finest level."""
-    march_steps: int = 256
+    march_steps: int = 192
     """Samples along the box's diagonal; sets the step of the ray marcher."""
-    grid: int = 64
+    grid: int = 48
     """Occupancy grid cells a side."""
-    grid_decay: float = 0.9
+    grid_decay: float = 0.8
     """What is left of a cell's remembered density at each look (every 16 steps)."""
-    lr: float = 1e-2
+    lr: float = 2e-2
     """Adam's learning rate; it ends at a tenth of this."""
     schedule: Literal["cosine", "exponential", "constant"] = "cosine"
     """How it gets there (constant: it stays)."""
@@ -112,7 +150,7 @@ class Args:
     """L2 term in Adam's gradient."""
     half: bool = False
     """bfloat16 matrix products in the MLPs (GPU)."""
-    eval_every: int = 100
+    eval_every: int = 300
     """Steps between two evaluations and checkpoints."""
     eval_views: int = 5
     """Test views in those evaluations (the last one takes all)."""
@@ -120,8 +158,8 @@ class Args:
 
 PRESETS = {
     "quick": Args(),
-    "paper": Args(preset="paper", size=800, steps=20_000, rays=4096, warmup=1000, levels=16, features=2, log2_table=19, finest=4096,
-                  march_steps=1024, grid=128, grid_decay=0.95, half=True, eval_every=1000, eval_views=25),
+    "paper": Args(preset="paper", size=800, steps=20_000, batch="rays", rays=4096, warmup=1000, levels=16, features=2, log2_table=19, finest=4096,
+                  march_steps=1024, lr=1e-2, grid=128, grid_decay=0.95, half=True, eval_every=1000, eval_views=25),
 }
 
 
@@ -131,7 +169,7 @@ def soft_weight(q: Tensor, exponent: float, clamp: bool = True) -> Tensor:
     """w_n = max(q_n, 2^-10)^-exponent, the density's share that the loss gives back.  q (N,) mean |rgb - gt| -> w (N,), no gradient.
 
     exponent 0: all ones, hard mining. exponent 1, pixels drawn in proportion to q: mean_n w_n e_n is, up to a constant, an unbiased
-    estimate of the mean of e over all pixels. clamp: [0.2, mean(w) + std(w)] of this batch, which takes the largest weights, those of
+    estimate of the mean of e over all pixels (of each image, where draws are tied to images). clamp: [0.2, mean(w) + std(w)] of this batch, which takes the largest weights, those of
     pixels already fitted, away again (so even exponent 1 is then biased). Source: paper, soft mining objective; released constants.
     Pocket check: q = 1/4, exponent 1/2 -> w = 2.
     """
@@ -231,23 +269,28 @@ class MultinomialSampler(nn.Module):
 
 
 def grad_log_q(e: Tensor, w: Tensor, d_xy: Tensor) -> Tensor:
-    """Spatial gradient of log Q at each walker, from the gradient of the loss: d_xy_n = d/dxy_n (1/N) sum_m w_m e_m = w_n grad e_n / N,
-    and Q ~ sqrt(e), so grad log Q = grad e / (2 e) = N d_xy / (2 w e).  e, w (N,), d_xy (N, 2) -> (N, 2) [1/pixel]."""
-    return len(e) * d_xy / (2 * w * e).clamp(min=1e-12)[:, None]
+    """Spatial gradient of log Q at each walker, from what the backward pass left there.  e, w (N,), d_xy (N, 2) -> (N, 2) [1/pixel].
+
+    The loss is 1/N sum_m w_m e_m with w constant, so d_xy_n = w_n grad e_n / N: divided by w_n / N it is grad e_n, whatever N and w.
+    For Q its root-mean-square form sqrt(e) is taken, of which L1 is the absolute twin: grad log sqrt(e) = grad e / (2 e). No gradient.
+    """
+    return len(e) * d_xy / (2 * w * e).clamp(min=1e-12)[:, None]                                    # a ray without error stays put
 
 
 class Walkers(nn.Module):
     """Langevin walkers on the image planes (paper, LMC): x <- x + a grad log Q(x) + b eta, eta ~ N(0, I), with deaths and births.
 
-    Units that keep their meaning: b = `noise` longer image sides; a = drift b^2 / 2 (b in pixels, as grad log Q is per pixel), for
-    which the walk's stationary density is Q^drift whatever the resolution and the batch. One drift move is cut to 2 b: where an error
-    vanishes, its logarithm's gradient does not. A walker lives at a real position and trains the pixel that it stands in.
+    Units that keep their meaning: b = --noise in longer image sides, and a = --drift b^2 / 2 with b in pixels, for which the walk's
+    stationary density is Q^drift at every resolution and batch size. One drift move is cut to 2 b: where an error vanishes, its
+    logarithm's gradient does not. A walker lives at a real position, trains the pixel that it stands in, and feels the gradient there.
 
-    count walkers exist; a step draws a random n of them and moves those. Buffers: view (P,), xy (P, 2), image_error (V,).
+    count walkers exist (at least one an image); a step draws a random n of them and moves those.
+    Buffers: view (P,) each walker's image, xy (P, 2) its position [pixels], image_error (V,) running mean of q (for --walkers global).
     """
     def __init__(self, images: Tensor, args: Args, count: int):
         super().__init__()
         V, self.H, self.W, _ = images.shape
+        count = max(count, V)
         self.args, self.b = args, args.noise * max(self.H, self.W)                                  # b in pixels
         self.edges = PixelTable(edge_maps(images)) if args.reinit == "edge" else None
         self.register_buffer("view", torch.arange(count, device=images.device) % V)                 # every image gets its share
@@ -255,24 +298,23 @@ class Walkers(nn.Module):
         self.register_buffer("image_error", torch.ones(V, device=images.device))
 
     def draw(self, n: int):
-        self.batch = torch.randperm(len(self.xy), device=self.xy.device)[:n]
-        return self.view[self.batch], self.xy[self.batch].floor() + 0.5
+        self.drawn = torch.randperm(len(self.xy), device=self.xy.device)[:n]
+        return self.view[self.drawn], self.xy[self.drawn].floor() + 0.5
 
     def update(self, e: Tensor, q: Tensor, w: Tensor, d_xy: Optional[Tensor]) -> None:
         args, n, device = self.args, len(q), q.device
-        view, xy = self.view[self.batch], self.xy[self.batch]
+        view, xy = self.view[self.drawn], self.xy[self.drawn]
         # 1. Langevin step
         if d_xy is not None:
-            move = args.drift * self.b ** 2 / 2 * grad_log_q(e, w, d_xy)
+            a = args.drift * self.b ** 2 / 2
+            move = a * grad_log_q(e, w, d_xy)
             xy = xy + move * (2 * self.b / move.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
         xy = xy + self.b * torch.randn(n, 2, device=device)
         # 2. death: out of the image, or among those of least error
-        end = torch.tensor([self.W, self.H], device=device)
-        dead = ((xy < 0) | (xy >= end)).any(1)
-        k = int(args.reborn_share * n)
-        if k > 0:
-            dead |= q <= q.kthvalue(k).values
-        # 3. birth, in the same image, or anywhere in proportion to the images' running mean error
+        size = torch.tensor([self.W, self.H], device=device)
+        dead = ((xy < 0) | (xy >= size)).any(1)
+        dead[q.topk(int(args.reborn_share * n), largest=False).indices] = True
+        # 3. birth, in the same image, or in any in proportion to its running mean error
         if args.walkers == "global":
             seen = torch.zeros_like(self.image_error).index_add_(0, view, torch.ones_like(q))
             mean = torch.zeros_like(self.image_error).index_add_(0, view, q) / seen.clamp(min=1)
@@ -282,11 +324,13 @@ class Walkers(nn.Module):
             xy = torch.where(dead[:, None], self.edges.draw(view).to(xy), xy)
         elif args.reinit == "uniform":
             xy = torch.where(dead[:, None], uniform_pixels(n, self.H, self.W, device), xy)
+        else:                                                                                       # nobody is reborn: borders reflect
+            xy = size - (size - xy.abs()).abs()
         # 4. a share of uniform positions, over all images, so that no pixel is out of reach
-        free = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
-        xy[free] = uniform_pixels(len(free), self.H, self.W, device)
-        xy = torch.minimum(xy.clamp(min=0), end - 1e-3)                                             # reinit none: stop at the border
-        self.view[self.batch], self.xy[self.batch] = view, xy
+        some = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
+        xy[some] = uniform_pixels(len(some), self.H, self.W, device)
+        xy = torch.minimum(xy.clamp(min=0), size - 1e-3)                                            # size itself is outside
+        self.view[self.drawn], self.xy[self.drawn] = view, xy
 
 
 class ReleasedWalkers(nn.Module):
@@ -431,38 +475,47 @@ def evaluate(field, grid, scene: Scene, step: float, views: list[int], pictures=
     return dict(zip(("psnr", "ssim"), torch.tensor(scores).mean(0).tolist()))
 
 
-def walker_picture(field, grid, scene: Scene, step: float, shown: list[int], visits: Tensor) -> Tensor:
-    """A row for each shown training view: truth | error | where its pixels were drawn since the last picture (brighter: more often)."""
+def walker_picture(field, grid, scene: Scene, step: float, visits: Tensor) -> Tensor:
+    """Three training views, a row each: truth | render | its error, 0 to 0.25, with a white dot where a pixel was drawn since the last
+    picture.  visits (V, H, W) -> (3 H z, 3 W z, 3), enlarged by a whole z to at least 300 pixels."""
+    V, H, W = visits.shape
     rows = []
-    for i, v in enumerate(shown):
-        truth, out = scene.train.images[v], render_view(field, grid, scene.train, v, scene, step)
-        error = (out["rgb"] - truth).abs().mean(-1)
-        rows.append(torch.cat([truth, colour_map(error, 0, 0.2), colour_map(visits[i].clamp(max=4), 0, 4)], 1))
-    sheet = torch.cat(rows)                                                                         # (k H, 3 W, 3)
-    zoom = max(1, 300 // truth.shape[1])
-    return sheet.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    for v in torch.linspace(0, V - 1, 3).round().long().tolist():
+        truth, out = scene.train.images[v], render_view(field, grid, scene.train, v, scene, step)["rgb"]
+        error = colour_map((out - truth).abs().mean(-1), 0, 0.25)
+        rows.append(torch.cat([truth, out, torch.where(visits[v][..., None], 1.0, error)], 1))
+    z = math.ceil(300 / W)
+    return torch.cat(rows).repeat_interleave(z, 0).repeat_interleave(z, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- training
 
-# flags that may change between a run and its --resume or --eval-only
-FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard"}
+# flags that may change between a run and its --resume or --eval-only (lr: the cure of a loss that is not finite)
+FREE = {"lr", "data", "device", "out", "resume", "eval_only", "video", "tensorboard"}
 
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
     for name in ("size", "steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
-                 "eval_views", "refresh", "warmup", "lr", "grid_decay"):
-        if not getattr(args, name) > 0:
+                 "eval_views", "refresh", "warmup", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
     for name in ("alpha", "drift", "noise", "weight_decay"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 or more")
-    for name in ("uniform_share", "reborn_share"):
+    for name in ("uniform_share", "reborn_share", "grid_decay"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is a share: give a number from 0 to 1")
-    if args.as_released and (args.sampling, args.batch) != ("lmc", "rays"):
-        raise UserError("--as-released is a rule for walkers in batches of rays: use it with --sampling lmc --batch rays")
+    if args.size < 11:
+        raise UserError(f"--size {args.size}: SSIM's window needs pictures of at least 11 pixels")
+    if not 1 <= args.log2_table <= 24 or args.finest < args.base:
+        raise UserError(f"--log2-table {args.log2_table} --base {args.base} --finest {args.finest}: wanted 1 to 24, and finest not below base")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed {args.seed}: give a number from 0 to 2^32 - 1")
+    if args.walkers == "global" and args.sampling == "lmc" and args.reinit == "none":
+        raise UserError("--walkers global moves walkers to other images at their rebirth: use it with --reinit edge or uniform")
+    if args.as_released and args.sampling != "lmc":
+        raise UserError(f"--as-released is a rule for walkers: it needs --sampling lmc, not {args.sampling}")
     if args.eval_only and args.out is None:
         raise UserError("--eval-only needs --out DIR, the folder of a trained run")
     try:
@@ -490,29 +543,33 @@ def train(args: Args) -> dict:
     check(args)
     torch.manual_seed(args.seed)
     scene = to_device(load_scene(args.scene, args.data, args.size, args.background, args.train_split), args.device)
+    if args.as_released:                                                                            # constants of the released code
+        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on", batch="rays")
     run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
-    if args.as_released:                                                                            # constants of the released code
-        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting=True)
-    weighting = args.sampling != "uniform" if args.weighting is None else args.weighting
+    weighting = args.weighting == "on" or args.weighting == "auto" and args.sampling != "uniform"
 
     images, train_views, tests = scene.train.images, scene.train, len(scene.test.images)            # images (V, H, W, 3)
     field = HashField(args, scene.aabb).to(args.device)
     grid = OccupancyGrid(scene.aabb, args.grid, decay=args.grid_decay).to(args.device)
     sampler = make_sampler(scene, args).to(args.device)
     optimiser = torch.optim.Adam(field.parameters(), lr=args.lr, eps=1e-15, weight_decay=args.weight_decay, fused=True)
+    parts = {"field": field, "grid": grid, "sampler": sampler, "optimiser": optimiser}              # what a checkpoint holds
     march_step = float((scene.aabb[1] - scene.aabb[0]).norm()) / args.march_steps                   # in world units
     count = {"step": 0, "rays": 0, "samples": 0, "next_rays": args.rays}
     clock = Stopwatch(args.device)
-    if args.resume or args.eval_only:
+    if args.eval_only and not run.resumed:
+        raise UserError(f"{run.path}: no ckpt.pt to evaluate: train first")
+    if run.resumed:
         state = run.load({name: value for name, value in run.args.items() if name not in FREE})
-        for name, part in dict(field=field, grid=grid, sampler=sampler, optimiser=optimiser).items():
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         set_random_state(state["random"])
         count, clock = state["count"], Stopwatch(args.device, state["seconds"])
-        run.rewind(count["step"])
-    shown = torch.linspace(0, len(images) - 1, 3).round().long().tolist()                           # training views in walkers.gif
-    visits = torch.zeros(3, *images.shape[1:3], device=args.device)
+    if args.resume:
+        run.rewind(count["step"])                                                                   # lines that will be written again
+    visits = torch.zeros(images.shape[:3], dtype=torch.bool, device=args.device)                    # pixels since the last picture
+    (run.path / "walkers").mkdir(exist_ok=True)
     progress = Progress(args.steps, count["step"])
 
     while count["step"] < args.steps and not args.eval_only:
@@ -549,24 +606,21 @@ def train(args: Args) -> dict:
         sampler.update(e.detach(), q, w, d_xy)
         # 6. the books, and the size of the next batch: half way to equal cost
         count = {"step": t + 1, "rays": count["rays"] + len(xy), "samples": count["samples"] + out["samples"], "next_rays": len(xy)}
-        most = args.rays if args.batch == "rays" else args.pool
-        count["next_rays"] = int(min(max(len(xy) * (args.samples / max(out["samples"], 1)) ** 0.5, 64), most))
+        if args.batch == "samples":
+            count["next_rays"] = int(min(max(len(xy) * (args.samples / max(out["samples"], 1)) ** 0.5, 64), args.pool))
         seconds = clock.stop()
 
-        for i, v in enumerate(shown):
-            visits[i].index_put_((y[view == v], x[view == v]), visits.new_ones(()), accumulate=True)
+        visits[view, y, x] = True
         progress(t + 1, loss=loss, psnr=-10 * e.mean().log10(), rays_per_second=count["rays"] / seconds)
         if (t + 1) % args.eval_every == 0 or t + 1 == args.steps:
             n = tests if t + 1 == args.steps else min(args.eval_views, tests)
             scores = evaluate(field, grid, scene, march_step, torch.linspace(0, tests - 1, n).round().long().tolist())
-            run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=float(loss), views=n, **scores)
+            run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=loss.item(), views=n, **scores)
             for name, value in scores.items() if board else ():
                 board.add_scalar(name, value, t + 1)
-            (run.path / "walkers").mkdir(exist_ok=True)
-            save_png(run.path / "walkers" / f"{t + 1:06d}.png", walker_picture(field, grid, scene, march_step, shown, visits))
+            save_png(run.path / "walkers" / f"{t + 1:06d}.png", walker_picture(field, grid, scene, march_step, visits))
             visits.zero_()
-            run.save({"field": field.state_dict(), "grid": grid.state_dict(), "sampler": sampler.state_dict(),
-                      "optimiser": optimiser.state_dict(), "random": random_state(), "count": count, "seconds": seconds})
+            run.save({"random": random_state(), "count": count, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}})
     progress.close()
     return conclude(args, run, scene, field, grid, march_step, count, clock.seconds)
 

