@@ -158,8 +158,9 @@ class Args:
 
 PRESETS = {
     "quick": Args(),
-    "paper": Args(preset="paper", size=800, steps=20_000, batch="rays", rays=4096, warmup=1000, levels=16, features=2, log2_table=19, finest=4096,
-                  march_steps=1024, lr=1e-2, grid=128, grid_decay=0.95, half=True, eval_every=1000, eval_views=25),
+    "paper": Args(preset="paper", size=800, steps=20_000, batch="rays", rays=4096, drift=1.0, noise=0.02, warmup=1000, lr=1e-2,
+                  levels=16, features=2, log2_table=19, finest=4096, march_steps=1024, grid=128, grid_decay=0.95, half=True,
+                  eval_every=1000, eval_views=25),
 }
 
 

@@ -29,7 +29,7 @@ import soft_mining as sm  # noqa: E402
 from soft_mining import Args, MultinomialSampler, PixelTable, ReleasedWalkers, Walkers, edge_maps, grad_log_q, soft_weight  # noqa: E402
 
 F64 = torch.float64
-TINY = dict(size=24, rays=256, levels=4, log2_table=11, finest=48, march_steps=48, grid=16, eval_views=1)
+TINY = dict(size=24, batch="rays", rays=256, lr=1e-2, drift=1.0, noise=0.02, grid_decay=0.9, levels=4, log2_table=11, finest=48, march_steps=48, grid=16, eval_views=1)
 
 
 @pytest.fixture(autouse=True)
@@ -1102,7 +1102,7 @@ WRONG = {
     "--march-steps 0": "--march-steps", "--eval-every 0": "--eval-every", "--eval-views 0": "--eval-views", "--weight-decay -1": "--weight-decay",
     "--grid-decay 1.5": "--grid-decay", "--seed 99999999999999999999999": "--seed",
     "--sampling langevin": "langevin", "--reinit maybe": "maybe", "--walkers some": "some", "--background pink": "pink", "--bogus 3": "--bogus",
-    "--as-released --sampling uniform": "--as-released", "--as-released --batch samples --samples 100": "--as-released", "--eval-only": "--out",
+    "--as-released --sampling uniform": "--as-released", "--eval-only": "--out",
     "--resume": "--out", "--device nonsense": "--device", "--preset huge": "--preset",
 }
 
