@@ -31,6 +31,9 @@ Both leave the ground truth's own gradient out of grad log Q; --truth-gradient p
 occupancy grid instead of a proposal network; no standardising of features inside the field; batches of equal sample count;
 --walkers global, whose walkers leave images that are fitted.
 
+What the ablations say (README): at equal samples a step, uniform pixels with the soft weight gain as much as all of this; the walkers pay
+where rays are what costs. The pixel gradient adds nothing measurable here. Try --weighting off, --no-pixel-gradient, --batch rays.
+
 An honest clock. A mined ray hits the object more often than a uniform one, so at equal rays a step of Soft Mining costs more. With
 --batch samples every step renders equally many samples, whatever their rays; metrics.jsonl counts steps, rays, samples and seconds.
 
