@@ -532,7 +532,8 @@ def test_run_never_overwrites_and_resumes(tmp_path, monkeypatch):
     assert env["torch"] and {"python", "triton", "numpy", "device", "cpu", "commit", "dirty", "date", "argv"} <= set(env)
     with pytest.raises(UserError, match="out.*--resume"):
         common.Run("m", "s", "out", {})
-    assert not common.Run("m", "s", "out", {}, resume=True).resumed                                 # killed before its first checkpoint
+    common.Run("m", "s", "early", {"lr": 1})
+    assert not common.Run("m", "s", "early", {"lr": 2}, resume=True).resumed                        # killed before its first checkpoint: starts again
     with pytest.raises(UserError, match="ckpt.pt"):
         common.Run("m", "s", "nothing", {}, resume=True)
     with pytest.raises(UserError, match="--out"):
