@@ -173,8 +173,9 @@ def soft_weight(q: Tensor, exponent: float, clamp: bool = True) -> Tensor:
     """w_n = max(q_n, 2^-10)^-exponent, the density's share that the loss gives back.  q (N,) mean |rgb - gt| -> w (N,), no gradient.
 
     exponent 0: all ones, hard mining. exponent 1, pixels drawn in proportion to q: mean_n w_n e_n is, up to a constant, an unbiased
-    estimate of the mean of e over all pixels (of each image, where draws are tied to images). clamp: [0.2, mean(w) + std(w)] of this batch, which takes the largest weights, those of
-    pixels already fitted, away again (so even exponent 1 is then biased). Source: paper, soft mining objective; released constants.
+    estimate of the mean of e over all pixels (of each image, where draws are tied to images). clamp: [0.2, mean(w) + std(w)] of this
+    batch, which takes the largest weights, those of pixels already fitted, away again (so even exponent 1 is then biased).
+    Source: paper, soft mining objective; released constants.
     Pocket check: q = 1/4, exponent 1/2 -> w = 2.
     """
     w = q.detach().clamp(min=2 ** -10) ** -exponent
@@ -339,7 +340,7 @@ class Walkers(nn.Module):
 
 class ReleasedWalkers(nn.Module):
     """The released code's sampler, letter by letter (--as-released): positions s = (row/(H-1), column/(W-1)), and bs = ceil(rays/V)
-    walkers tied to each image. Compare with Walkers above; the numbers name the table of differences in the docstring."""
+    walkers tied to each image. Compare with Walkers above; the numbers are those of the list in the docstring."""
     A, B, UNIFORM, REBORN = 20.0, 0.02, 0.1, 0.1
 
     def __init__(self, images: Tensor, black: Tensor, rays: int):
@@ -479,12 +480,17 @@ def evaluate(field, grid, scene: Scene, step: float, views: list[int], pictures=
     return dict(zip(("psnr", "ssim"), torch.tensor(scores).mean(0).tolist()))
 
 
+def spread(count: int, n: int) -> list[int]:
+    """n whole numbers from 0 to count - 1, evenly spaced, both ends among them."""
+    return torch.linspace(0, count - 1, n).round().long().tolist()
+
+
 def walker_picture(field, grid, scene: Scene, step: float, visits: Tensor) -> Tensor:
     """Three training views, a row each: truth | render | its error, 0 to 0.25, with a white dot where a pixel was drawn since the last
     picture.  visits (V, H, W) -> (3 H z, 3 W z, 3), enlarged by a whole z to at least 300 pixels."""
     V, H, W = visits.shape
     rows = []
-    for v in torch.linspace(0, V - 1, 3).round().long().tolist():
+    for v in spread(V, 3):
         truth, out = scene.train.images[v], render_view(field, grid, scene.train, v, scene, step)["rgb"]
         error = colour_map((out - truth).abs().mean(-1), 0, 0.25)
         rows.append(torch.cat([truth, out, torch.where(visits[v][..., None], 1.0, error)], 1))
@@ -618,7 +624,7 @@ def train(args: Args) -> dict:
         progress(t + 1, loss=loss, psnr=-10 * e.mean().log10(), rays_per_second=count["rays"] / seconds)
         if (t + 1) % args.eval_every == 0 or t + 1 == args.steps:
             n = tests if t + 1 == args.steps else min(args.eval_views, tests)
-            scores = evaluate(field, grid, scene, march_step, torch.linspace(0, tests - 1, n).round().long().tolist())
+            scores = evaluate(field, grid, scene, march_step, spread(tests, n))
             run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=loss.item(), views=n, **scores)
             for name, value in scores.items() if board else ():
                 board.add_scalar(name, value, t + 1)
