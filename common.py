@@ -57,6 +57,18 @@ def check_finite(loss: Tensor, step: int) -> None:
         raise UserError(f"loss is not finite at step {step}; the last checkpoint is kept: lower the learning rate, then --resume")
 
 
+def check_not_empty(acc: Tensor, step: int) -> None:
+    """Raise UserError if rays see next to nothing: accumulated opacity `acc` (R,), mean below 1/1000.
+
+    On a background of the pictures' own colour an empty field is a minimum that gradients do not leave: no density, no gradient.
+    Call it after the first few hundred steps, before the checkpoint is written.
+    """
+    acc = acc.detach()
+    if acc.mean() < 1e-3:
+        raise UserError(f"the field is empty at step {step} (mean opacity {float(acc.mean()):.1e}) and will stay so: use a lower --lr, "
+                        "a longer --lr-warmup, or another --seed")
+
+
 def cli(presets: dict, main: Callable) -> None:
     """Read `--preset NAME` first, then every other flag over that preset, and call main(args).
 

@@ -28,8 +28,9 @@ Where the released code differs from this file (class ReleasedWalkers, --as-rele
 (6) Its exponent climbs by 1/1000 a step whatever alpha is; deaths go by the weighted loss. Here alpha is reached after --warmup steps,
     and deaths go by q.
 Both leave the ground truth's own gradient out of grad log Q; --truth-gradient puts it in. Ours, not the paper's: marching through an
-occupancy grid instead of a proposal network; no standardising of features inside the field; batches of equal sample count;
---walkers global, whose walkers leave images that are fitted.
+occupancy grid instead of a proposal network; no standardising of features inside the field; batches of equal sample count; a random
+colour behind each training ray (on white, light surfaces may stay half transparent: nobody sees it but the depth); --walkers global,
+whose walkers leave images that are fitted.
 
 What the ablations say (README): at equal samples a step, uniform pixels with the soft weight gain as much as all of this; the walkers pay
 where rays are what costs. The pixel gradient adds nothing measurable here. Try --weighting off, --no-pixel-gradient, --batch rays.
@@ -52,9 +53,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, cli, colour_map, load_scene, ndc_rays,
-                    peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video, set_random_state, spherical_harmonics, ssim,
-                    strip, to_device, turntable, view_rays)
+from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_not_empty, cli, colour_map,
+                    load_scene, ndc_rays, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video, set_random_state,
+                    spherical_harmonics, ssim, strip, to_device, turntable, view_rays)
 from kernels import composite, hash_encode, hash_levels, march
 
 
@@ -94,7 +95,9 @@ class Args:
     pool: int = 8192
     """Walkers kept with --batch samples, and the most rays a step; each step draws and moves some of them."""
     background: Literal["white", "black", "grey"] = "white"
-    """What is behind the scene, in training and in tests."""
+    """What is behind the scene in the pictures."""
+    train_background: Literal["random", "scene"] = "random"
+    """Behind each training ray: a colour of its own, which pins the opacity (where pictures have alpha), or the scene's."""
     train_split: Literal["train", "val", "trainval"] = "train"
     """Blender split to train on."""
 
@@ -147,6 +150,8 @@ class Args:
     """What is left of a cell's remembered density at each look (every 16 steps)."""
     lr: float = 2e-2
     """Adam's learning rate; it ends at a tenth of this."""
+    lr_warmup: int = 100
+    """Steps in which it first grows linearly from 0 (at full rate the first ones can empty the field for good)."""
     schedule: Literal["cosine", "exponential", "constant"] = "cosine"
     """How it gets there (constant: it stays)."""
     weight_decay: float = 1e-6
@@ -389,7 +394,7 @@ def make_sampler(scene: Scene, args: Args) -> nn.Module:
 
 
 def truth_gradient(images: Tensor, view: Tensor, xy: Tensor) -> Tensor:
-    """Central differences of the ground truth at pixels.  (n,), (n, 2) -> (n, 3, 2) [1/pixel], last axis (x, y)."""
+    """Central differences of images (V, H, W, C) at pixels.  (n,), (n, 2) -> (n, C, 2) [1/pixel], last axis (x, y)."""
     H, W = images.shape[1:3]
     x, y = xy.long().unbind(-1)
     x0, x1, y0, y1 = (x - 1).clamp(min=0), (x + 1).clamp(max=W - 1), (y - 1).clamp(min=0), (y + 1).clamp(max=H - 1)
@@ -440,9 +445,9 @@ class HashField(nn.Module):
         return _TruncatedExp.apply(h[:, 0].float() - 1), torch.sigmoid(rgbs.float())
 
 
-def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor, scene: Scene, step: float,
+def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor, scene: Scene, bg: Tensor, step: float,
            jitter: Optional[Tensor] = None) -> dict:
-    """Rays (R, 3) -> rgb (R, 3) over the scene's background, acc (R,), depth (R,), samples (their number N).
+    """Rays (R, 3) -> rgb (R, 3) over the background bg (3,) or (R, 3), acc (R,), depth (R,), samples (their number N).
 
     Differentiable in the field and, through the samples' positions and directions, in the rays; the distances t are constants.
     """
@@ -451,7 +456,7 @@ def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor
     x = rays_o[ray] + t[:, None] * rays_d[ray]                                                      # (N, 3)
     sigmas, rgbs = field(x, spherical_harmonics(rays_d)[ray])
     rgb, acc, depth, _ = composite(sigmas, rgbs, t_starts, t_ends, offsets)
-    return {"rgb": rgb + (1 - acc[:, None]) * scene.bg, "acc": acc, "depth": depth, "samples": len(t)}
+    return {"rgb": rgb + (1 - acc[:, None]) * bg, "acc": acc, "depth": depth, "samples": len(t)}
 
 
 def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
@@ -465,7 +470,7 @@ def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tens
 def render_view(field, grid, views: Views, v: int, scene: Scene, step: float, chunk: int = 8192) -> dict:
     """A whole picture: rgb (H, W, 3) in [0, 1], depth (H, W)."""
     H, W = views.images.shape[1:3]
-    parts = [render(field, grid, o, d, scene, step) for o, d in zip(*(r.split(chunk) for r in view_rays(views, v, scene.ndc)))]
+    parts = [render(field, grid, o, d, scene, scene.bg, step) for o, d in zip(*(r.split(chunk) for r in view_rays(views, v, scene.ndc)))]
     return {"rgb": torch.cat([p["rgb"] for p in parts]).clamp(0, 1).view(H, W, 3), "depth": torch.cat([p["depth"] for p in parts]).view(H, W)}
 
 
@@ -507,7 +512,7 @@ FREE = {"lr", "data", "device", "out", "resume", "eval_only", "video", "tensorbo
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
     for name in ("size", "steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
-                 "eval_views", "refresh", "warmup", "lr"):
+                 "eval_views", "refresh", "warmup", "lr_warmup", "lr"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
     for name in ("alpha", "drift", "noise", "weight_decay"):
@@ -554,12 +559,14 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     scene = to_device(load_scene(args.scene, args.data, args.size, args.background, args.train_split), args.device)
     if args.as_released:                                                                            # constants of the released code
-        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on", batch="rays")
+        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on", batch="rays", train_background="scene")
     run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
     weighting = args.weighting == "on" or args.weighting == "auto" and args.sampling != "uniform"
 
-    images, train_views, tests = scene.train.images, scene.train, len(scene.test.images)            # images (V, H, W, 3)
+    images, tests = scene.train.images, len(scene.test.images)                                      # (V, H, W, 3)
+    random_bg = args.train_background == "random" and scene.train.alpha is not None
+    alpha = scene.train.alpha[..., None] if random_bg else None                                     # (V, H, W, 1)
     field = HashField(args, scene.aabb).to(args.device)
     grid = OccupancyGrid(scene.aabb, args.grid, decay=args.grid_decay).to(args.device)
     sampler = make_sampler(scene, args).to(args.device)
@@ -581,22 +588,26 @@ def train(args: Args) -> dict:
     visits = torch.zeros(images.shape[:3], dtype=torch.bool, device=args.device)                    # pixels since the last picture
     (run.path / "walkers").mkdir(exist_ok=True)
     progress = Progress(args.steps, count["step"])
+    scores = None
 
     while count["step"] < args.steps and not args.eval_only:
         t = count["step"]
         clock.start()
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * anneal(t / args.steps, args.schedule)
+            group["lr"] = args.lr * min((t + 1) / args.lr_warmup, 1) * anneal(t / args.steps, args.schedule)
         if t % 16 == 0:
             grid.update(field.density, march_step, warm=t < 256)
         # 1. draw pixels from Q, and their rays; a ray follows its pixel differentiably
         view, xy = sampler.draw(count["next_rays"])                                                 # (N,), (N, 2)
         x, y = xy.long().unbind(-1)
-        truth = images[view, y, x]                                                                  # (N, 3), a constant
+        truth, bg = images[view, y, x], scene.bg                                                    # (N, 3), a constant
+        if random_bg:                                                                               # in scene.bg's place
+            bg = torch.rand_like(truth)
+            truth = truth + (1 - alpha[view, y, x]) * (bg - scene.bg)
         xy.requires_grad_(args.sampling == "lmc" and args.pixel_gradient)
-        rays_o, rays_d = camera_rays(train_views, view, xy, scene.ndc)
+        rays_o, rays_d = camera_rays(scene.train, view, xy, scene.ndc)
         # 2. render them
-        out = render(field, grid, rays_o, rays_d, scene, march_step, jitter=torch.rand(len(xy), device=args.device))
+        out = render(field, grid, rays_o, rays_d, scene, bg, march_step, jitter=torch.rand(len(xy), device=args.device))
         # 3. the error, its density Q, the soft weight, the loss
         difference = out["rgb"] - truth                                                             # (N, 3)
         e, q = (difference ** 2).mean(-1), difference.detach().abs().mean(-1)                       # (N,)
@@ -612,7 +623,10 @@ def train(args: Args) -> dict:
         d_xy = xy.grad
         if d_xy is not None and args.truth_gradient:
             d_rgb = 2 * w[:, None] * difference.detach() / difference.numel()                       # dL/drgb
-            d_xy = d_xy - (d_rgb[:, :, None] * truth_gradient(images, view, xy.detach())).sum(1)
+            d_truth = truth_gradient(images, view, xy.detach())                                     # (N, 3, 2)
+            if random_bg:
+                d_truth = d_truth - (bg - scene.bg)[:, :, None] * truth_gradient(alpha, view, xy.detach())
+            d_xy = d_xy - (d_rgb[:, :, None] * d_truth).sum(1)
         sampler.update(e.detach(), q, w, d_xy)
         # 6. the books, and the size of the next batch: half way to equal cost
         count = {"step": t + 1, "rays": count["rays"] + len(xy), "samples": count["samples"] + out["samples"], "next_rays": len(xy)}
@@ -622,9 +636,11 @@ def train(args: Args) -> dict:
 
         visits[view, y, x] = True
         progress(t + 1, loss=loss, psnr=-10 * e.mean().log10(), rays_per_second=count["rays"] / seconds)
-        if (t + 1) % args.eval_every == 0 or t + 1 == args.steps:
-            n = tests if t + 1 == args.steps else min(args.eval_views, tests)
-            scores = evaluate(field, grid, scene, march_step, spread(tests, n))
+        last = t + 1 == args.steps
+        if (t + 1) % args.eval_every == 0 or last:
+            check_not_empty(out["acc"], t + 1)
+            n = tests if last else min(args.eval_views, tests)
+            scores = evaluate(field, grid, scene, march_step, spread(tests, n), pictures=run.path if last else None)
             run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=loss.item(), views=n, **scores)
             for name, value in scores.items() if board else ():
                 board.add_scalar(name, value, t + 1)
@@ -632,12 +648,13 @@ def train(args: Args) -> dict:
             visits.zero_()
             run.save({"random": random_state(), "count": count, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}})
     progress.close()
-    return conclude(args, run, scene, field, grid, march_step, count, clock.seconds)
+    if scores is None:                                                                              # nothing was left to train
+        scores = evaluate(field, grid, scene, march_step, range(tests), pictures=run.path)
+    return conclude(args, run, scene, field, grid, march_step, count, clock.seconds, scores)
 
 
-def conclude(args: Args, run: Run, scene: Scene, field, grid, march_step: float, count: dict, seconds: float) -> dict:
-    """Score all test views, write the pictures and the summary."""
-    scores = evaluate(field, grid, scene, march_step, range(len(scene.test.images)), pictures=run.path)
+def conclude(args: Args, run: Run, scene: Scene, field, grid, march_step: float, count: dict, seconds: float, scores: dict) -> dict:
+    """Write the film, the turntable and the summary. scores: of all test views."""
     frames = [torch.from_numpy(iio.imread(file)) / 255 for file in sorted((run.path / "walkers").glob("*.png"))]
     save_video(run.path / "walkers.gif", frames, fps=4)
     if args.video:

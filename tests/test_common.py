@@ -603,6 +603,9 @@ def test_small_things(capsys):
     for bad in (math.nan, math.inf):
         with pytest.raises(UserError, match="step 7"):
             common.check_finite(torch.tensor(bad), 7)
+    common.check_not_empty(torch.tensor([0.0, 0.1]), 3)
+    with pytest.raises(UserError, match="empty at step 9"):
+        common.check_not_empty(torch.tensor([0.0, 1e-4]), 9)
     progress = common.Progress(100)
     for step in range(1, 101):
         progress(step, loss=torch.tensor(0.5))

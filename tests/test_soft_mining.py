@@ -29,7 +29,8 @@ import soft_mining as sm  # noqa: E402
 from soft_mining import Args, MultinomialSampler, PixelTable, ReleasedWalkers, Walkers, edge_maps, grad_log_q, soft_weight  # noqa: E402
 
 F64 = torch.float64
-TINY = dict(size=24, batch="rays", rays=256, lr=1e-2, drift=1.0, noise=0.02, grid_decay=0.9, levels=4, log2_table=11, finest=48, march_steps=48, grid=16, eval_views=1)
+TINY = dict(size=24, train_background="scene", batch="rays", rays=256, lr=1e-2, lr_warmup=1, drift=1.0, noise=0.02, grid_decay=0.9, levels=4, log2_table=11, finest=48,
+            march_steps=48, grid=16, eval_views=1)
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +306,7 @@ def test_pixel_gradient_of_the_real_render_path(monkeypatch, ndc):
     monkeypatch.setattr(sm, "march", lambda *_: packed)                                            # distances t are constants
 
     def loss(pixel):
-        out = sm.render(field, grid, *sm.camera_rays(views, view, pixel, ndc), scene, 0.1, jitter)
+        out = sm.render(field, grid, *sm.camera_rays(views, view, pixel, ndc), scene, scene.bg, 0.1, jitter)
         return w * ((out["rgb"] - truth) ** 2).mean(-1)                                            # (n,)
     pixel = xy.clone().requires_grad_()
     found, = torch.autograd.grad(loss(pixel).sum(), pixel)
@@ -721,7 +722,7 @@ def test_render_of_nothing_is_the_background():
     field, grid, scene = small_field()
     o, d = common.view_rays(scene.train, 0, False)
     for rays_o, rays_d in ((o[:0], d[:0]), (o, -d)):                                               # no rays; rays that look away
-        out = sm.render(field, grid, rays_o, rays_d, scene, 0.1)
+        out = sm.render(field, grid, rays_o, rays_d, scene, scene.bg, 0.1)
         assert out["samples"] == 0 and torch.equal(out["rgb"], scene.bg.expand(len(rays_o), 3)) and out["acc"].shape == out["depth"].shape == (len(rays_o),)
         (out["rgb"].sum() + out["acc"].sum()).backward() if out["rgb"].requires_grad else None
     grid.occupied.zero_()
@@ -736,7 +737,7 @@ def test_render_by_hand():
     def uniform(x, sh):
         return torch.full((len(x),), 0.7), torch.tensor([0.2, 0.4, 0.6]).expand(len(x), 3)
     rays_o, rays_d = torch.tensor([[-4.0, 0.1, 0.2]]), torch.tensor([[1.0, 0.0, 0.0]])             # the box lies from 2.5 to 5.5
-    out = sm.render(uniform, grid, rays_o, rays_d, scene, 0.01)
+    out = sm.render(uniform, grid, rays_o, rays_d, scene, scene.bg, 0.01)
     acc = 1 - math.exp(-0.7 * 3)
     assert abs(out["samples"] - 300) <= 1 and float(out["acc"]) == pytest.approx(acc, abs=2e-3)
     assert_close(out["rgb"][0], acc * torch.tensor([0.2, 0.4, 0.6]) + (1 - acc) * scene.bg, atol=2e-3, rtol=0)
@@ -749,7 +750,7 @@ def test_render_view_is_render_in_chunks():
     whole, parts = (sm.render_view(field, grid, scene.train, 1, scene, 0.1, chunk) for chunk in (10_000, 50))
     assert_close(whole["rgb"], parts["rgb"]) and assert_close(whole["depth"], parts["depth"])
     xy = torch.tensor([[3.5, 7.5]])                                                                # the same ray as in training
-    one = sm.render(field, grid, *sm.camera_rays(scene.train, torch.tensor([1]), xy, False), scene, 0.1)
+    one = sm.render(field, grid, *sm.camera_rays(scene.train, torch.tensor([1]), xy, False), scene, scene.bg, 0.1)
     assert_close(one["rgb"][0].detach(), whole["rgb"][7, 3])
 
 
@@ -956,9 +957,42 @@ def test_learning_rate_falls_by_a_cosine_to_a_tenth(tiny, tmp_path, monkeypatch)
             rates.append(self.param_groups[0]["lr"])
             return super().step(*words)
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    sm.train(quick(tiny, tmp_path / "a", steps=8, eval_every=8, lr=0.02, weight_decay=1e-5))
-    assert rates == pytest.approx([0.002 + 0.018 * (1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)])
+    sm.train(quick(tiny, tmp_path / "a", steps=8, eval_every=8, lr=0.02, lr_warmup=4, weight_decay=1e-5))
+    rise = [0.25, 0.5, 0.75] + 5 * [1]
+    assert rates == pytest.approx([rise[t] * (0.002 + 0.018 * (1 + math.cos(math.pi * t / 8)) / 2) for t in range(8)])
     assert (made[0]["eps"], made[0]["weight_decay"], made[0]["betas"]) == (1e-15, 1e-5, (0.9, 0.999))
+
+
+def test_random_backgrounds_leave_a_perfect_field_no_error(tiny, tmp_path, monkeypatch):
+    """A renderer that knows colour and opacity of every training pixel: no loss, though each ray has its own background."""
+    scene, pixels, colours, seen = common.load_scene(str(tiny), ".", 24), [], [], []
+    real_rays, real_weight = sm.camera_rays, sm.soft_weight
+
+    def rays(views, view, xy, ndc):
+        pixels.append((view, *xy.detach().long().unbind(-1)))
+        return real_rays(views, view, xy, ndc)
+
+    def perfect(field, grid, rays_o, rays_d, scene_, bg, step, jitter=None):
+        view, x, y = pixels[-1]
+        colours.append(bg)
+        alpha = scene.train.alpha[view, y, x, None]
+        rgb = scene.train.images[view, y, x] - (1 - alpha) * scene.bg + (1 - alpha) * bg
+        return {"rgb": rgb + 0 * (field.table.sum() + rays_d), "acc": alpha[:, 0], "depth": alpha[:, 0], "samples": 1000}
+    monkeypatch.setattr(sm, "camera_rays", rays)
+    monkeypatch.setattr(sm, "render", perfect)
+    monkeypatch.setattr(sm, "render_view", lambda f, g, views, v, *_: {"rgb": views.images[v], "depth": views.images[v, ..., 0]})
+    monkeypatch.setattr(sm, "soft_weight", lambda q, *rest: (seen.append(q), real_weight(q, *rest))[1])
+    sm.train(quick(tiny, tmp_path / "a", train_background="random"))
+    assert len(seen) == 4 and max(q.max() for q in seen) < 1e-6
+    assert all(bg.shape == (len(p[0]), 3) and bg.std() > 0.2 for bg, p in zip(colours, pixels))
+
+
+def test_an_empty_field_is_named_and_the_checkpoint_kept(tiny, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(sm, "check_not_empty", lambda acc, step: (calls.append(step), common.check_not_empty(acc * (step < 4), step)))
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, "scene": tiny, "steps": 8, "eval_every": 2, "out": tmp_path / "a"}.items()]
+    assert_refused(command(monkeypatch, capsys, *words), "empty", "step 4", "--lr")
+    assert calls == [2, 4] and torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["count"]["step"] == 2
 
 
 def test_batches_of_equal_sample_count(tiny, tmp_path, monkeypatch):
@@ -1097,7 +1131,7 @@ WRONG = {
     "--steps 0": "--steps", "--steps -3": "--steps", "--steps many": "many", "--size -5": "--size", "--size 0": "--size", "--size 5000": "--size",
     "--rays 0": "--rays", "--rays -1": "--rays", "--alpha -1": "--alpha", "--alpha nan": "--alpha", "--noise -0.1": "--noise", "--drift inf": "--drift",
     "--uniform-share 2": "--uniform-share", "--reborn-share -0.5": "--reborn-share", "--uniform-share nan": "--uniform-share", "--lr 0": "--lr",
-    "--lr nan": "--lr", "--warmup 0": "--warmup", "--refresh 0": "--refresh", "--levels 0": "--levels", "--features -2": "--features",
+    "--lr nan": "--lr", "--lr-warmup 0": "--lr-warmup", "--warmup 0": "--warmup", "--refresh 0": "--refresh", "--levels 0": "--levels", "--features -2": "--features",
     "--log2-table 40": "--log2-table", "--base 300 --finest 200": "--finest", "--grid -4": "--grid",
     "--march-steps 0": "--march-steps", "--eval-every 0": "--eval-every", "--eval-views 0": "--eval-views", "--weight-decay -1": "--weight-decay",
     "--grid-decay 1.5": "--grid-decay", "--seed 99999999999999999999999": "--seed",
