@@ -1,8 +1,8 @@
 """What every method needs and none is about: scenes, rays, an occupancy grid, metrics, pictures, the run folder.
 
 Read it once, top to bottom:
-    errors and command line | rays | pictures read from disk | Blender scenes | LLFF scenes | the built-in scene |
-    scene look-up | occupancy grid | spherical harmonics | metrics | camera paths and pictures | run folder | commands
+    errors and command line | rays | pictures read from disk | Blender scenes | LLFF scenes | DTU scenes |
+    the built-in scene | scene look-up | occupancy grid | spherical harmonics | metrics | camera paths and pictures | run folder | commands
 
 Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the camera looks along -z. `K` (3, 3) speaks of
 pixels of the images that were really loaded; the centre of the pixel in row i, column j is x = j + 0.5, y = i + 0.5. Ray
@@ -49,6 +49,32 @@ from torch import Tensor, nn
 
 class UserError(Exception):
     """Something the person at the keyboard can mend. The message is one line: what, where, what to do."""
+
+
+def check_flags(args, positive=(), not_negative=(), shares=()) -> None:
+    """Raise UserError for a flag that makes no sense. args: a dataclass with size, seed, device, eval_only, out; the others: names of its
+    fields that must lie in (0, inf), [0, inf), [0, 1]."""
+    for names, good, rule in ((("size", *positive), lambda x: 0 < x < math.inf, "must be greater than 0"),
+                              (not_negative, lambda x: 0 <= x < math.inf, "must be 0 or more"),
+                              (shares, lambda x: 0 <= x <= 1, "is a share: give a number from 0 to 1")):
+        for name in names:
+            if not good(getattr(args, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} {rule}")
+    if args.size < 11:
+        raise UserError(f"--size {args.size}: SSIM's window needs pictures of at least 11 pixels")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed {args.seed}: give a number from 0 to 2^32 - 1")
+    if args.eval_only and args.out is None:
+        raise UserError("--eval-only needs --out DIR, the folder of a trained run")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not to be had here: use --device cpu, or install a CUDA build of torch") from None
+
+
+def spread(count: int, n: int) -> list[int]:
+    """n whole numbers from 0 to count - 1, evenly spaced, both ends among them."""
+    return torch.linspace(0, count - 1, n).round().long().tolist()
 
 
 def check_finite(loss: Tensor, step: int) -> None:
@@ -164,13 +190,14 @@ class Views:
     alpha: Tensor | None    # (V, H, W); None where the pictures have none
     depth: Tensor | None    # (V, H, W) distance along the unit ray through the pixel's centre; 0 = nothing hit; built-in scenes
     names: list[str]
+    mask: Tensor | None = None   # (V, H, W) in [0, 1], the object; DTU (pictures are not blended with it)
 
 
 @dataclass
 class Scene:
     """Training and test views, and the space that they look at."""
     name: str
-    kind: str               # "blender" | "llff" | "builtin"
+    kind: str               # "blender" | "llff" | "dtu" | "builtin"
     train: Views
     test: Views
     aabb: Tensor            # (2, 3) the box in which a field has to live
@@ -206,7 +233,23 @@ def join_views(a: Views, b: Views) -> Views:
         raise UserError(f"{b.names[0]}: {_wh(b.images[0])} px, but {a.names[0]} has {_wh(a.images[0])}: one size per scene, please")
     both = lambda x, y: None if x is None or y is None else torch.cat([x, y])
     K = a.K if a.K.dim() == 2 and torch.equal(a.K, b.K) else torch.cat([v.K.expand(len(v.names), 3, 3) for v in (a, b)])
-    return Views(both(a.images, b.images), both(a.c2w, b.c2w), K, both(a.alpha, b.alpha), both(a.depth, b.depth), a.names + b.names)
+    return Views(both(a.images, b.images), both(a.c2w, b.c2w), K, both(a.alpha, b.alpha), both(a.depth, b.depth), a.names + b.names,
+                 both(a.mask, b.mask))
+
+
+def pick_views(views: Views, ids: list[int]) -> Views:
+    """The views with these indices, in this order; [] gives a Views without any."""
+    pick = lambda x: None if x is None else x[ids]
+    return Views(pick(views.images), pick(views.c2w), views.K if views.K.dim() == 2 else views.K[ids], pick(views.alpha), pick(views.depth),
+                 [views.names[i] for i in ids], pick(views.mask))
+
+
+def hold_out(views: Views, where) -> tuple[Views, Views]:
+    """Training views, and every 8th (0, 8, ...) held out as test views. UserError if nothing is left to train on."""
+    n = len(views.names)
+    if n < 2:
+        raise UserError(f"{where}: one view only: every 8th is held out, nothing is left to train on")
+    return pick_views(views, [i for i in range(n) if i % 8]), pick_views(views, list(range(0, n, 8)))
 
 
 def _wh(image) -> str:
@@ -396,12 +439,7 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]
     c2w = np.tile(np.eye(4), (len(rows), 1, 1))
     c2w[:, :3] = np.stack([right, up, back, position], -1)
     c2w = torch.tensor((np.linalg.inv(mean) @ c2w)[:, :3], dtype=torch.float32)
-
-    def pick(ids):
-        return Views(images[ids], c2w[ids], K, None if alpha is None else alpha[ids], None, [f"{name}/{files[i].name}" for i in ids])
-    if len(rows) < 2:
-        raise UserError(f"{folder}: one view only: every 8th is held out, nothing is left to train on")
-    return pick([i for i in range(len(rows)) if i % 8]), pick(list(range(0, len(rows), 8)))
+    return hold_out(Views(images, c2w, K, alpha, None, [f"{name}/{file.name}" for file in files]), folder)
 
 
 def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
@@ -412,6 +450,71 @@ def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
     right = np.cross(up, back)
     right = right / np.linalg.norm(right)
     return np.stack([right, np.cross(back, right), back, position], -1)
+
+
+# ----------------------------------------------------------------------------------------------------------- DTU scenes
+
+def load_dtu(folder: Path, size: int | None, bg: Tensor) -> Views:
+    """All views, by index, of a DTU scan as IDR and pixelNeRF store it: image/, cameras.npz and, where there is one, mask/.
+
+    For view i cameras.npz holds world_mat_i (4, 4), whose first three rows take the world (mm) to pixels, and scale_mat_i =
+    [s I, c; 0, 1], the same for all. We live in X' = (X - c) / s, where the object lies in the unit sphere; X = s X' + c, so
+    P = (world_mat scale_mat)[:3] projects X'. P = m K [R | -R C] for any m != 0; det(P[:, :3]) > 0 makes m positive. The
+    inverse of P[:, :3] = (m K) R is R^T times an upper triangle, which is what QR finds: that is the RQ decomposition.
+    There, pixel centres are integers (ours: + 0.5), and axes are x right, y down, z ahead (ours: y up, z backwards).
+    K (V, 3, 3) has no skew, since rays know none: below 1e-3 fx (scan24: 2e-7) it is dropped, above refused. alpha and depth
+    are None; mask is the grey of mask/, averaged like the pictures, or None. Raises UserError for everything else that can
+    be wrong with such a folder.
+    """
+    path, again = folder / "cameras.npz", "copy or download it again"
+    try:
+        with np.load(path) as file:                                     # pickled objects are not loaded: they could run code
+            found = {key: np.asarray(file[key]) for key in file.files if re.fullmatch(r"(world|scale)_mat_\d+", key)}
+    except Exception as error:                 # a zip archive of arrays can be broken in a dozen ways, each with its own exception
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable archive of arrays ({why}): {again}") from None
+    n = 1 + max((int(key.rsplit("_", 1)[1]) for key in found), default=0)
+    for key in (f"{kind}_mat_{i}" for i in range(n) for kind in ("world", "scale")):
+        if key not in found:
+            raise UserError(f"{path}: {key} is missing: views 0 to {n - 1} need a world_mat and a scale_mat each: {again}")
+        if found[key].shape != (4, 4) or found[key].dtype.kind not in "fiu" or not np.isfinite(found[key]).all():
+            raise UserError(f"{path}: {key} must be 4x4 finite numbers, found {found[key].dtype} {found[key].shape}: {again}")
+    world, scale = (np.stack([found[f"{kind}_mat_{i}"] for i in range(n)]).astype(np.float64) for kind in ("world", "scale"))
+    for i, S in enumerate(scale):
+        s = S[0, 0]
+        if not (s > 0 and S[3, 3] == 1 and np.allclose(S[:, :3], s * np.eye(4, 3), atol=1e-6 * s)):
+            raise UserError(f"{path}: scale_mat_{i} must be [s I, c; 0, 1], one positive scale and a shift: {again}")
+        if not np.allclose(S, scale[0], atol=1e-6 * s):
+            raise UserError(f"{path}: scale_mat_{i} differs from scale_mat_0, but all views must share one world: {again}")
+    pictures = lambda sub: sorted((f for f in (folder / sub).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg")),
+                                  key=lambda f: (len(f.stem), f.stem))  # by index, also where 10.png follows 9.png
+    files, masks = pictures("image"), pictures("mask")
+    if not files:
+        raise UserError(f"{folder / 'image'}: no PNG or JPG files there: put the pictures of the views of {path.name} into it")
+    for sub, there in (("image", files), ("mask", masks)):
+        if there and len(there) != n:
+            raise UserError(f"{folder / sub}: {len(there)} files, but {path.name} has {n} cameras: they must match one to one")
+
+    P = (world @ scale)[:, :3]
+    for i in np.flatnonzero(~(np.linalg.cond(P[:, :, :3]) < 1e8)):      # NaN too
+        raise UserError(f"{path}: world_mat_{i} is singular, which no camera is: {again}")
+    inverse = np.linalg.inv(P[:, :, :3])
+    C = -inverse @ P[:, :, 3:]                                          # (n, 3, 1), the same for P and -P
+    q, u = np.linalg.qr(inverse * np.sign(np.linalg.det(inverse))[:, None, None])
+    sign = np.sign(np.diagonal(u, axis1=1, axis2=2))                    # QR leaves these open; with them K's diagonal is positive
+    q, K = q * sign[:, None], np.linalg.inv(u * sign[:, :, None])       # q = R^T: columns right, down, ahead
+    K = K / K[:, 2:, 2:]
+    for i in np.flatnonzero(abs(K[:, 0, 1]) > 1e-3 * K[:, 0, 0]):
+        raise UserError(f"{path}: world_mat_{i} has skew {K[i, 0, 1]:.3g} px (fx {K[i, 0, 0]:.4g}), rays here none: rectify the pictures")
+
+    images, _, (H, W) = read_images(files + masks, size, bg)            # together: all must have one size
+    h, w = images.shape[1:3]
+    K[:, 0, 1] = 0
+    K[:, :2, 2] += 0.5
+    K[:, :2] *= np.array([w / W, h / H])[:, None]
+    c2w = np.concatenate([q * [1, -1, -1], C], -1)
+    return Views(images[:n], torch.tensor(c2w, dtype=torch.float32), torch.tensor(K, dtype=torch.float32), None, None,
+                 [f"image/{file.name}" for file in files], images[n:, ..., 0] if masks else None)
 
 
 # ------------------------------------------------------------------------------------------ built-in scenes: a ray-caster
@@ -763,30 +866,36 @@ BUILTIN_SCENES = ("bricks",)
 def load_scene(name: str, data: str | Path, size: int | None = None, bg="white", train_split: str = "train", test: bool = True) -> Scene:
     """Find and load a scene.
 
-    name: "bricks" (built in), a path, or a name under `data`, data/nerf_synthetic or data/nerf_llff_data. What it is, its
-    files tell: transforms_*.json = Blender, poses_bounds.npy = LLFF. A well-known scene that is not on disk is replaced by
-    "bricks", loudly: look at scene.kind == "builtin".
+    name: "bricks" (built in), a path, or a name under `data`, data/nerf_synthetic, data/nerf_llff_data or data/dtu. What it
+    is, its files tell: transforms_*.json = Blender, poses_bounds.npy = LLFF, cameras.npz = DTU. A well-known scene that is not
+    on disk is replaced by "bricks", loudly: look at scene.kind == "builtin".
     size: longer image side in pixels, None = as on disk. bg: "white" | "black" | "grey" | three numbers in [0, 1].
-    train_split: "train" | "val" | "trainval" (LLFF: "train" only). test=False: scene.test has no views.
+    train_split: "train" | "val" | "trainval" (LLFF, DTU: "train" only; every 8th view is held out for testing).
+    test=False: scene.test has no views.
     """
     bg = background(bg)
     splits = {"train": ["train"], "val": ["val"], "trainval": ["train", "val"]}.get(train_split)
     if splits is None:
         raise UserError(f"train split {train_split!r} does not exist: train, val or trainval")
     folder = None if name in BUILTIN_SCENES else find_scene(name, Path(data))
-    if folder is not None and (folder / "poses_bounds.npy").is_file():
-        if train_split != "train":
-            raise UserError(f"{folder}: an LLFF scene has no split {train_split!r}: use train")
+    llff, dtu = (folder is not None and (folder / file).is_file() for file in ("poses_bounds.npy", "cameras.npz"))
+    if (llff or dtu) and train_split != "train":
+        raise UserError(f"{folder}: {'an LLFF' if llff else 'a DTU'} scene has no split {train_split!r}: use train")
+    if llff:
         train, held_out = load_llff(folder, size, bg)
         # In NDC the mean camera sees [-1, 1]^2; the others lean out of it at the far end (fern: to 1.43). z = 1 is infinity.
         aabb = torch.tensor([[-1.5, -1.5, -1.0], [1.5, 1.5, 1.0]])
-        return Scene(folder.name, "llff", train, held_out if test else _no_views(train), aabb, 0.0,
+        return Scene(folder.name, "llff", train, held_out if test else pick_views(train, []), aabb, 0.0,
                      float((aabb[1] - aabb[0]).norm()), bg, True)
+    if dtu:
+        train, held_out = hold_out(load_dtu(folder, size, bg), folder)
+        aabb = torch.tensor([[-1.5] * 3, [1.5] * 3])    # the object fills the unit sphere, its table goes on; cameras stand outside, at 3
+        return Scene(folder.resolve().name, "dtu", train, held_out if test else pick_views(train, []), aabb, 0.1, 5.0, bg, False)
     read = (lambda split: load_bricks(split, size, bg)) if folder is None else (lambda split: load_blender(folder, split, size, bg))
     train = read(splits[0])
     for split in splits[1:]:
         train = join_views(train, read(split))
-    held_out = read("test") if test else _no_views(train)
+    held_out = read("test") if test else pick_views(train, [])
     if held_out.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"{folder}: test images are {_wh(held_out.images[0])}, training images {_wh(train.images[0])}: they must agree")
     aabb = torch.tensor([[-1.5] * 3, [1.5] * 3])
@@ -807,11 +916,11 @@ def background(bg) -> Tensor:
 
 def find_scene(name: str, data: Path) -> Path | None:
     """The folder of a scene; None = a well-known scene that is not here (said on stderr); UserError if unknown or no scene."""
-    places = [Path(name), data / name, data / "nerf_synthetic" / name, data / "nerf_llff_data" / name] if name else []
+    places = [Path(name), data / name, data / "nerf_synthetic" / name, data / "nerf_llff_data" / name, data / "dtu" / name] if name else []
     folder = next((p for p in places if p.is_dir()), None)
     if folder is not None:
-        if not any(folder.glob("transforms_*.json")) and not (folder / "poses_bounds.npy").is_file():
-            raise UserError(f"{folder}: neither transforms_train.json nor poses_bounds.npy in it: not a scene, or an incomplete one")
+        if not any(folder.glob("transforms_*.json")) and not any((folder / file).is_file() for file in ("poses_bounds.npy", "cameras.npz")):
+            raise UserError(f"{folder}: no transforms_train.json, poses_bounds.npy or cameras.npz in it: not a scene, or an incomplete one")
         return folder
     if name in BLENDER_SCENES + LLFF_SCENES:
         how = f"python common.py download {name}" if name in BLENDER_SCENES else f"put it at {data / 'nerf_llff_data' / name}"
@@ -819,14 +928,10 @@ def find_scene(name: str, data: Path) -> Path | None:
         print(f"{rule}\n!!  Scene '{name}' is not under {data}: USING THE BUILT-IN SCENE 'bricks' INSTEAD.\n"
               f"!!  Numbers from this run are not numbers for {name}.  For the real one:  {how}\n{rule}", file=sys.stderr, flush=True)
         return None
-    found = {f.parent.name for pattern in ("transforms_train.json", "poses_bounds.npy") for depth in ("*", "*/*") for f in data.glob(f"{depth}/{pattern}")}
+    found = {f.parent.name for pattern in ("transforms_train.json", "poses_bounds.npy", "cameras.npz") for depth in ("*", "*/*")
+             for f in data.glob(f"{depth}/{pattern}")}
     raise UserError(f"scene {name!r} not found: no such folder, and under {data} there is {', '.join(sorted(found)) or 'no scene'}; "
                     f"built in: {', '.join(BUILTIN_SCENES)}; give a path, --data, or one of these names")
-
-
-def _no_views(like: Views) -> Views:
-    none = lambda x: None if x is None else x[:0]
-    return Views(like.images[:0], like.c2w[:0], like.K if like.K.dim() == 2 else like.K[:0], none(like.alpha), none(like.depth), [])
 
 
 # ------------------------------------------------------------------------------------------------------- occupancy grid
@@ -934,14 +1039,23 @@ def orbit_poses(n: int, radius: float, elevation_deg: float = 30.0, centre=(0.0,
 
 
 def turntable(scene: Scene, n: int) -> Tensor:
-    """A closed camera path (n, 3, 4) that suits the scene: an orbit at the training cameras' distance, or, for a
-    forward-facing scene, an ellipse within them that keeps looking at a point 4 units ahead."""
+    """A closed camera path (n, 3, 4) that suits the scene: an orbit at the training cameras' distance; for a
+    forward-facing scene, an ellipse within them that keeps looking at a point 4 units ahead; for DTU, whose cameras stand on one
+    side and whose "up" is no axis, an ellipse within them on the sphere of their mean distance, looking at the origin."""
+    turn = 2 * np.pi * np.arange(n) / n
+    if scene.kind == "dtu":
+        c2w = scene.train.c2w.cpu().double().numpy()
+        position, up = c2w[:, :, 3], c2w[:, :, 1].sum(0)
+        mean = look_at(position.mean(0), np.zeros(3), up)
+        reach = 0.7 * np.quantile(abs(position @ mean[:, :2]), 0.9, axis=0)             # right and up, as the mean camera sees it
+        path = mean[:, 3] + (np.stack([np.cos(turn), np.sin(turn)], -1) * reach) @ mean[:, :2].T
+        path *= np.linalg.norm(position, axis=1).mean() / np.linalg.norm(path, axis=1, keepdims=True)
+        return torch.tensor(np.stack([look_at(p, np.zeros(3), up) for p in path]), dtype=torch.float32)
     if not scene.ndc:
         centre = scene.aabb.mean(0).cpu()
         radius = float((scene.train.c2w[:, :, 3].cpu() - centre).norm(dim=-1).mean())
         return orbit_poses(n, radius, 30.0, centre.tolist())
     reach = 0.7 * scene.train.c2w[:, :2, 3].abs().quantile(0.9, dim=0).cpu().numpy()
-    turn = 2 * np.pi * np.arange(n) / n
     path = [look_at((reach[0] * np.cos(a), reach[1] * np.sin(a), 0), (0, 0, -4), (0, 1, 0)) for a in turn]
     return torch.tensor(np.stack(path), dtype=torch.float32)
 
@@ -1168,6 +1282,15 @@ class Stopwatch:
         if self.began is not None:
             self.seconds, self.began = self.seconds + self._now() - self.began, None
         return self.seconds
+
+
+def tensorboard(folder):
+    """A SummaryWriter, or UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: it is not installed: pip install tensorboard, or leave the flag away") from None
+    return SummaryWriter(folder)
 
 
 def peak_memory_mb(device="cpu") -> float:

@@ -53,9 +53,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_not_empty, cli, colour_map,
-                    load_scene, ndc_rays, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video, set_random_state,
-                    spherical_harmonics, ssim, strip, to_device, turntable, view_rays)
+from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli,
+                    colour_map, load_scene, ndc_rays, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video,
+                    set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable, view_rays)
 from kernels import composite, hash_encode, hash_levels, march
 
 
@@ -485,11 +485,6 @@ def evaluate(field, grid, scene: Scene, step: float, views: list[int], pictures=
     return dict(zip(("psnr", "ssim"), torch.tensor(scores).mean(0).tolist()))
 
 
-def spread(count: int, n: int) -> list[int]:
-    """n whole numbers from 0 to count - 1, evenly spaced, both ends among them."""
-    return torch.linspace(0, count - 1, n).round().long().tolist()
-
-
 def walker_picture(field, grid, scene: Scene, step: float, visits: Tensor) -> Tensor:
     """Three training views, a row each: truth | render | its error, 0 to 0.25, with a white dot where a pixel was drawn since the last
     picture.  visits (V, H, W) -> (3 H z, 3 W z, 3), enlarged by a whole z to at least 300 pixels."""
@@ -511,46 +506,20 @@ FREE = {"lr", "data", "device", "out", "resume", "eval_only", "video", "tensorbo
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
-    for name in ("size", "steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
-                 "eval_views", "refresh", "warmup", "lr_warmup", "lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
-    for name in ("alpha", "drift", "noise", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 0 or more")
-    for name in ("uniform_share", "reborn_share", "grid_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is a share: give a number from 0 to 1")
-    if args.size < 11:
-        raise UserError(f"--size {args.size}: SSIM's window needs pictures of at least 11 pixels")
+    check_flags(args, positive=("steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
+                                "eval_views", "refresh", "warmup", "lr_warmup", "lr"),
+                not_negative=("alpha", "drift", "noise", "weight_decay"), shares=("uniform_share", "reborn_share", "grid_decay"))
     if not 1 <= args.log2_table <= 24 or args.finest < args.base:
         raise UserError(f"--log2-table {args.log2_table} --base {args.base} --finest {args.finest}: wanted 1 to 24, and finest not below base")
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed {args.seed}: give a number from 0 to 2^32 - 1")
     if args.walkers == "global" and args.sampling == "lmc" and args.reinit == "none":
         raise UserError("--walkers global moves walkers to other images at their rebirth: use it with --reinit edge or uniform")
     if args.as_released and args.sampling != "lmc":
         raise UserError(f"--as-released is a rule for walkers: it needs --sampling lmc, not {args.sampling}")
-    if args.eval_only and args.out is None:
-        raise UserError("--eval-only needs --out DIR, the folder of a trained run")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device} is not to be had here: use --device cpu, or install a CUDA build of torch") from None
 
 
 def anneal(progress: float, schedule: str) -> float:
     """Factor on the learning rate, 1 at progress 0; 1/10 at progress 1 unless constant."""
     return {"cosine": 0.55 + 0.45 * math.cos(math.pi * progress), "exponential": 0.1 ** progress, "constant": 1.0}[schedule]
-
-
-def tensorboard(folder):
-    """A SummaryWriter, or UserError where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: it is not installed: pip install tensorboard, or leave the flag away") from None
-    return SummaryWriter(folder)
 
 
 def train(args: Args) -> dict:

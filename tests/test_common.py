@@ -276,6 +276,170 @@ def test_llff_takes_the_smallest_folder_that_is_large_enough(tmp_path):
     assert common.load_scene("a", tmp_path, size=32).train.K[0, 0] == 50
 
 
+def write_dtu(folder, n=9, H=6, W=8, sign=1.0, name="{:06d}", edit=None):
+    """Cameras on one side of an object of size 50 at (10, -20, 600), given by their projection times `sign`.
+
+    Returns pixels (n, H, W, 3), masks (n, H, W), both 0..255, rotations to the OpenCV camera (n, 3, 3), and positions in the unit sphere's world.
+    """
+    (folder / "image").mkdir(parents=True)
+    (folder / "mask").mkdir()
+    rng = np.random.default_rng(2)
+    pixels, masks = rng.integers(0, 256, (n, H, W, 3), dtype=np.uint8), rng.integers(0, 256, (n, H, W), dtype=np.uint8)
+    cameras, rotations, positions = {}, [], []
+    for v in range(n):
+        iio.imwrite(folder / "image" / f"{name.format(v)}.png", pixels[v])
+        iio.imwrite(folder / "mask" / f"{v:03d}.png", masks[v] if v % 2 else np.stack([masks[v]] * 3, -1))
+        position = 3 * np.array([np.cos(0.2 * v), 0.3 * np.sin(2.0 * v), -np.sin(0.2 * v)])     # its axes: y down, as in the real scans
+        right, up, back, _ = common.look_at(position, rng.uniform(-0.2, 0.2, 3), (0.1, -1, 0)).T
+        R, K = np.stack([right, -up, -back]), np.array([[11.0, 0, 4.2 + 0.1 * v], [0, 9.5, 2.6], [0, 0, 1]])
+        world = K @ np.concatenate([R, -R @ (50 * position + [10, -20, 600])[:, None]], 1)
+        cameras[f"world_mat_{v}"] = np.vstack([sign * world, [0, 0, 0, 1]])
+        cameras[f"scale_mat_{v}"] = np.array([[50.0, 0, 0, 10], [0, 50, 0, -20], [0, 0, 50, 600], [0, 0, 0, 1]], np.float32)
+        rotations.append(R)
+        positions.append(position)
+    if edit:
+        edit(cameras)
+    np.savez(folder / "cameras.npz", **cameras)
+    return pixels, masks, np.stack(rotations), np.stack(positions)
+
+
+@pytest.mark.parametrize("size", [None, 4, 5])                                          # as on disk, halved, 5x4 (its pixels are not square)
+def test_dtu_rays_go_through_the_points_that_the_matrices_project(tmp_path, size):
+    _, _, R, position = write_dtu(tmp_path)
+    views = common.load_dtu(tmp_path, size, WHITE)
+    h, w = views.images.shape[1:3]
+    assert (h, w) == {None: (6, 8), 4: (3, 4), 5: (4, 5)}[size] and views.K.shape == (9, 3, 3) and views.alpha is None and views.depth is None
+    cameras = np.load(tmp_path / "cameras.npz")
+    X = np.random.default_rng(0).uniform(-0.57, 0.57, (50, 3))
+    for v in range(9):
+        def project(points):                                          # from the unit sphere's world to pixels whose centres are integers
+            p = np.c_[50 * points + [10, -20, 600], np.ones(len(points))] @ cameras[f"world_mat_{v}"][:3].T
+            assert (p[:, 2] > 0).all()
+            return p[:, :2] / p[:, 2:]
+        xy = torch.tensor((project(X) + 0.5) * [w / 8, h / 6], dtype=torch.float32)
+        o, d = common.pixel_rays(xy, views.K[v], views.c2w[v].expand(50, 3, 4))
+        to = torch.tensor(X, dtype=torch.float32) - o
+        along = (to * d).sum(-1, keepdim=True)
+        assert (along > 1).all() and (to - along * d).norm(dim=-1).max() < 1e-4          # in front, and on the ray
+        o, d = common.view_rays(views, v, False)
+        back = (project((o + 3 * d).double().numpy()) + 0.5) * [w / 8, h / 6]
+        assert np.abs(back - common.pixel_grid(h, w).numpy()).max() < 1e-4
+    axes = np.stack([R[:, 0], -R[:, 1], -R[:, 2], position], -1)                         # OpenGL: x right, y up, z backwards
+    assert np.abs(views.c2w.numpy() - axes).max() < 1e-5 and torch.allclose(torch.linalg.det(views.c2w[:, :, :3]), torch.ones(9), atol=1e-5)
+    assert ((views.c2w[:, :, 2] * views.c2w[:, :, 3]).sum(-1) > 2.8).all()               # the object is ahead
+
+
+def test_dtu_pictures_masks_split_and_lookup(tmp_path):
+    pixels, masks, _, _ = write_dtu(tmp_path / "dtu" / "toy")
+    scene = common.load_scene("toy", tmp_path, bg="black")
+    assert scene.kind == "dtu" and scene.name == "toy" and not scene.ndc and (scene.near, scene.far) == (0.1, 5.0)
+    assert torch.equal(scene.aabb, torch.tensor([[-1.5] * 3, [1.5] * 3]))
+    assert scene.test.names == ["image/000000.png", "image/000008.png"] and scene.train.names == [f"image/{v:06d}.png" for v in range(1, 8)]
+    grey = lambda x: (x.numpy() * 255).round().astype(np.uint8)
+    assert np.array_equal(grey(scene.test.images), pixels[[0, 8]]) and np.array_equal(grey(scene.train.images), pixels[1:8])
+    assert np.array_equal(grey(scene.test.mask), masks[[0, 8]]) and np.array_equal(grey(scene.train.mask), masks[1:8])
+    for size, shape in ((4, (3, 2, 4, 2)), (2, (2, 3, 2, 4))):
+        small = common.load_scene("toy", tmp_path, size=size).train.mask.numpy()
+        assert np.abs(small - masks[1:8].reshape(7, *shape).mean((2, 4)) / 255).max() < 1e-6
+    both = common.join_views(scene.train, scene.test)
+    assert torch.equal(both.mask, torch.cat([scene.train.mask, scene.test.mask])) and both.K.shape == (9, 3, 3)
+    assert common.to_device(scene, "meta").train.mask.device.type == "meta"
+    none = common.load_scene("toy", tmp_path, test=False).test
+    assert none.names == [] and none.mask.shape == none.images.shape[:3] == (0, 6, 8)
+    with pytest.raises(UserError, match="there is toy"):
+        common.load_scene("toi", tmp_path)
+    with pytest.raises(UserError, match="split"):
+        common.load_scene("toy", tmp_path, train_split="val")
+    for mask in (tmp_path / "dtu/toy/mask").glob("*"):
+        mask.unlink()
+    scene = common.load_scene("toy", tmp_path)
+    assert scene.train.mask is None and scene.test.mask is None and common.join_views(scene.train, scene.test).mask is None
+    pixels = write_dtu(tmp_path / "plain", n=11, name="{}")[0]                            # 10.png comes after 9.png
+    assert np.array_equal(grey(common.load_dtu(tmp_path / "plain", None, WHITE).images), pixels)
+
+
+def test_dtu_projections_are_known_up_to_a_factor(tmp_path):
+    a, b = ((write_dtu(tmp_path / str(sign), sign=sign), common.load_dtu(tmp_path / str(sign), None, WHITE))[1] for sign in (1.0, -2.5))
+    assert torch.allclose(a.c2w, b.c2w, atol=1e-5) and torch.allclose(a.K, b.K, atol=1e-4)
+
+
+def test_dtu_turntable_stays_among_the_cameras_and_is_closed(tmp_path):
+    write_dtu(tmp_path / "toy")
+    scene = common.load_scene("toy", tmp_path)
+    path, train = common.turntable(scene, 16), scene.train.c2w
+    position = path[:, :, 3]
+    assert path.shape == (16, 3, 4) and torch.allclose(position.norm(dim=-1), torch.tensor(3.0), atol=0.2)
+    assert torch.allclose(path[:, :, 2], position / position.norm(dim=-1, keepdim=True), atol=1e-5)      # looks at the origin
+    steps = (position - position.roll(1, 0)).norm(dim=-1)                                                # the last one leads back to the first
+    assert 0.05 < steps.min() and steps.max() < 0.5
+    towards = train[:, :, 3].mean(0) / train[:, :, 3].mean(0).norm()
+    away = lambda x: (x @ towards / x.norm(dim=-1)).acos().max()
+    assert away(position) < away(train[:, :, 3]) and (path[:, :, 1] @ train[:, :, 1].mean(0) > 0.5).all()
+
+
+def _cameras(change):
+    return lambda folder: write_dtu(folder, edit=change)
+
+
+def _set(key, where, value):
+    return _cameras(lambda c: c[key].__setitem__(where, value))
+
+
+def _dtu(change):
+    def make(folder):
+        write_dtu(folder)
+        change(folder)
+    return make
+
+
+MALFORMED_DTU = {
+    "cut archive": (_dtu(lambda f: (f / "cameras.npz").write_bytes((f / "cameras.npz").read_bytes()[:3000])), "cameras.npz: not a readable"),
+    "empty archive": (_dtu(lambda f: (f / "cameras.npz").write_bytes(b"")), "cameras.npz: not a readable"),
+    "text": (_dtu(lambda f: (f / "cameras.npz").write_text("P\n1 2\n")), "cameras.npz: not a readable"),
+    "one array": (_dtu(lambda f: np.save((f / "cameras.npz").open("wb"), np.eye(4))), "cameras.npz: not a readable"),
+    "pickled objects": (_cameras(lambda c: c.update(world_mat_2=np.array([[None] * 4] * 4))), "cameras.npz: not a readable"),
+    "no array": (_dtu(lambda f: zipfile.ZipFile(f / "cameras.npz", "w").writestr("world_mat_0", "eye")), "cameras.npz: world_mat_0 must be 4x4"),
+    "no matrices": (_cameras(lambda c: c.clear()), "cameras.npz: world_mat_0 is missing"),
+    "no world_mat_2": (_cameras(lambda c: c.pop("world_mat_2")), "cameras.npz: world_mat_2 is missing"),
+    "no last world_mat": (_cameras(lambda c: c.pop("world_mat_8")), "cameras.npz: world_mat_8 is missing"),
+    "no scale_mat_0": (_cameras(lambda c: c.pop("scale_mat_0")), "cameras.npz: scale_mat_0 is missing"),
+    "3x4": (_cameras(lambda c: c.update(world_mat_3=c["world_mat_3"][:3])), "world_mat_3 must be 4x4"),
+    "words": (_cameras(lambda c: c.update(scale_mat_3=c["scale_mat_3"].astype(str))), "scale_mat_3 must be 4x4 finite numbers"),
+    "NaN": (_set("world_mat_4", (0, 3), np.nan), "world_mat_4 must be 4x4 finite"),
+    "infinite scale": (_set("scale_mat_4", (1, 3), np.inf), "scale_mat_4 must be 4x4 finite"),
+    "zeros": (_cameras(lambda c: c.update(world_mat_5=np.zeros((4, 4)))), "world_mat_5 is singular"),
+    "two rows alike": (_cameras(lambda c: c["world_mat_5"].__setitem__(0, c["world_mat_5"][1])), "world_mat_5 is singular"),
+    "skew": (_cameras(lambda c: c["world_mat_6"].__setitem__(0, c["world_mat_6"][0] + 0.1 * c["world_mat_6"][1])), "world_mat_6 has skew"),
+    "uneven scale": (_set("scale_mat_7", (1, 1), 51), "scale_mat_7 must be"),
+    "turned scale": (_set("scale_mat_7", (1, 0), 5), "scale_mat_7 must be"),
+    "projective scale": (_set("scale_mat_7", (3, 0), 0.5), "scale_mat_7 must be"),
+    "no scale": (_cameras(lambda c: [c[f"scale_mat_{v}"].__setitem__((range(3), range(3)), 0) for v in range(9)]), "scale_mat_0 must be"),
+    "mirrored scale": (_cameras(lambda c: [c[f"scale_mat_{v}"].__setitem__((range(3), range(3)), -50) for v in range(9)]), "scale_mat_0 must be"),
+    "another shift": (_set("scale_mat_7", (0, 3), 11), "scale_mat_7 differs"),
+    "another scale": (_set("scale_mat_7", (range(3), range(3)), 51), "scale_mat_7 differs"),
+    "no image folder": (_dtu(lambda f: (f / "image").rename(f / "rgb")), "image: no PNG or JPG"),
+    "image gone": (_dtu(lambda f: (f / "image/000003.png").unlink()), "image: 8 files, but cameras.npz has 9"),
+    "image too many": (_dtu(lambda f: iio.imwrite(f / "image/000009.png", np.zeros((6, 8, 3), np.uint8))), "image: 10 files"),
+    "image cut": (_dtu(lambda f: (f / "image/000003.png").write_bytes((f / "image/000003.png").read_bytes()[:60])), "000003.png: not a readable"),
+    "image of another size": (_dtu(lambda f: iio.imwrite(f / "image/000003.png", np.zeros((6, 9, 3), np.uint8))), "000003.png: 9x6"),
+    "mask gone": (_dtu(lambda f: (f / "mask/003.png").unlink()), "mask: 8 files"),
+    "mask of another size": (_dtu(lambda f: iio.imwrite(f / "mask/003.png", np.zeros((3, 4), np.uint8))), "003.png: 4x3 px, but 000000.png has 8x6"),
+    "one view": (lambda f: write_dtu(f, n=1), "one view only"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED_DTU)
+def test_malformed_dtu_is_a_user_error_that_names_it(tmp_path, what):
+    make, named = MALFORMED_DTU[what]
+    make(tmp_path / "scan")
+    bytes_there = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = bytes_there()
+    with pytest.raises(UserError) as error:
+        common.load_scene(str(tmp_path / "scan"), tmp_path)
+    assert named in str(error.value) and str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert bytes_there() == before
+
+
 def test_real_lego():
     data = real("nerf_synthetic/lego")
     began = time.perf_counter()
@@ -295,6 +459,29 @@ def test_real_fern():
         o, d = common.view_rays(scene.train, v, True)
         for x in (o, o + ((1 - o[:, 2]) / d[:, 2])[:, None] * d):
             assert (x > scene.aabb[0] - 1e-4).all() and (x < scene.aabb[1] + 1e-4).all()
+
+
+def test_real_scan24():
+    scene = common.load_scene("scan24", real("dtu/scan24"), size=100)
+    views = common.join_views(scene.train, scene.test)
+    assert len(scene.train.names) == 42 and len(scene.test.names) == 7
+    assert views.images.shape == (49, 75, 100, 3) and views.mask.shape == (49, 75, 100)
+    # DTU's own calibration, for 1600x1200 and centres at integers: fx 2892.33, fy 2883.175, cx 823.205, cy 619.07
+    assert torch.allclose(views.K * 16, torch.tensor([[2892.33, 0, 823.705], [0, 2883.175, 619.57], [0, 0, 16]]).expand(49, 3, 3), atol=0.1)
+    distance = views.c2w[:, :, 3].norm(dim=-1)
+    assert 2.7 < distance.min() and distance.max() < 3.0
+    xy = common.pixel_grid(75, 100)
+    X = torch.cartesian_prod(*[torch.linspace(-1, 1, 48)] * 3)
+    hull = X[X.norm(dim=-1) < 1]                                            # what all masks leave of the unit sphere
+    for mask, K, c2w in zip(views.mask, views.K, views.c2w):
+        assert 0.2 < mask.mean() < 0.9
+        o, d = common.pixel_rays((mask.reshape(-1, 1) * xy).sum(0, keepdim=True) / mask.sum(), K, c2w[None])
+        assert torch.linalg.cross(o, d).norm() < 0.5                        # the mask's middle is seen along a ray that passes near the origin
+        x = (hull - c2w[:, 3]) @ c2w[:, :3]
+        u, v = K[0, 0] * x[:, 0] / -x[:, 2] + K[0, 2], K[1, 1] * x[:, 1] / x[:, 2] + K[1, 2]
+        outside = (u < 0) | (u >= 100) | (v < 0) | (v >= 75)
+        hull = hull[outside | (mask[v.long().clamp(0, 74), u.long().clamp(0, 99)] > 0.5)]
+    assert 0.3 < len(hull) / (4 / 3 * math.pi * 23.5 ** 3) < 0.6            # cameras that disagreed would leave next to nothing
 
 
 # ------------------------------------------------------------------------------------------------------------ ray-caster
