@@ -31,7 +31,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -1315,24 +1315,28 @@ class Compare:
     runs: tyro.conf.Positional[list[Path]]
     """Run folders."""
     out: Path = Path("compare.png")
-    """Where the picture goes."""
+    """Where the runs' pictures go, below each other."""
     curves: Path | None = None
     """Where the curves go (FILE.svg): held-out PSNR against steps, rays, samples and training seconds."""
+    keys: list[str] = field(default_factory=list)
+    """More numbers out of summary.json to show (entropy_bits, ...)."""
+    picture: str = "test_000.png"
+    """Which picture of each run."""
 
     def __call__(self) -> None:
         if not self.runs:
             raise UserError("compare needs at least one run folder: python common.py compare runs/A runs/B")
         if self.curves and self.curves.suffix != ".svg":
             raise UserError(f"--curves {self.curves}: the curves are written as SVG: give a name that ends in .svg")
-        print(compare(self.runs))
-        pictures = [(run, read_image(run / "test_000.png")[..., :3]) for run in self.runs if (run / "test_000.png").is_file()]
+        print(compare(self.runs, self.keys))
+        pictures = [(run, read_image(run / self.picture)[..., :3]) for run in self.runs if (run / self.picture).is_file()]
         path, flag = self.out, "--out"
         try:
             if pictures:
                 W = max(image.shape[1] for _, image in pictures)
                 rows = [np.pad(image, ((0, 4), (0, W - image.shape[1]), (0, 0)), constant_values=1) for _, image in pictures]
                 save_png(self.out, torch.from_numpy(np.concatenate(rows)))
-                print(f"\n{self.out}, from top to bottom (ground truth | render | error | depth): " + ", ".join(run.name for run, _ in pictures))
+                print(f"\n{self.out}, {self.picture} from top to bottom: " + ", ".join(run.name for run, _ in pictures))
             if self.curves:
                 path, flag = self.curves, "--curves"
                 self.curves.write_text(draw_curves(self.runs), encoding="utf-8")
@@ -1372,9 +1376,9 @@ def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
     return None
 
 
-def compare(runs: list[Path]) -> str:
-    """The table of `python common.py compare`, one row a run or a group of seeds: the end; PSNR at the largest step that all
-    runs evaluated; PSNR at the largest training time that all reached, linear between evaluations; and the cost of the FIRST
+def compare(runs: list[Path], more: list[str] = ()) -> str:
+    """The table of `python common.py compare`, one row a run or a group of seeds: the end; `more` numbers of summary.json; PSNR
+    at the largest step that all runs evaluated; PSNR at the largest training time that all reached, linear between evaluations; and the cost of the FIRST
     row's final PSNR as a share of that row's whole cost ("0.60 (2 of 3)": the mean over the runs that got there).
     A group shows mean ± sample standard deviation where its runs differ; "-" where a run does not say."""
     groups = read_runs(runs)
@@ -1386,7 +1390,7 @@ def compare(runs: list[Path]) -> str:
     target = np.mean([curve[-1]["psnr"] for curve in first]) if all(first) else None
 
     def cell(values, digits):
-        if None in values:
+        if not all(isinstance(value, (str, int, float)) for value in values):
             return "-"
         if isinstance(values[0], str):
             return " / ".join(dict.fromkeys(values))
@@ -1403,13 +1407,14 @@ def compare(runs: list[Path]) -> str:
         return cell([c / whole for c in reached], 2)
 
     to = "the first's" if target is None else f"{target:.2f} dB"
-    table = [["run", "method", "scene", "data", "px", "steps", "train s", "MB", "PSNR", "SSIM",
+    table = [["run", "method", "scene", "data", "px", "steps", "train s", "MB", "PSNR", "SSIM", *more,
               "PSNR at equal steps" + (f" ({step})" if step is not None else ""),
               "PSNR at equal seconds" + (f" ({seconds:.0f})" if seconds is not None else ""),
               f"share of steps to {to}", f"share of train s to {to}"]]
-    table.append(["---"] * 5 + ["---:"] * 9)
+    table.append(["---"] * 5 + ["---:"] * (9 + len(more)))
     for label, group in groups.items():
-        keys = dict(method=0, scene=0, data=0, size=0, steps=0, train_seconds=1, peak_memory_mb=0, psnr=2, ssim=4)
+        keys = {"method": 0, "scene": 0, "data": 0, "size": 0, "steps": 0, "train_seconds": 1, "peak_memory_mb": 0, "psnr": 2, "ssim": 4,
+                **{key: 3 for key in more}}
         at_step = [next((line["psnr"] for line in curve if line["step"] == step), None) for _, curve in group]
         at_time = [None if seconds is None else np.interp(seconds, [line["train_seconds"] for line in curve], [line["psnr"] for line in curve])
                    for _, curve in group]

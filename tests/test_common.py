@@ -863,6 +863,13 @@ def test_compare(tmp_path):
     assert iio.imread(tmp_path / "compare.png").shape == (16, 12, 3) and "a, b" in done.stdout
     with pytest.raises(UserError, match="not a finished run"):
         common.compare([tmp_path])
+    fake_run(tmp_path / "c", [(10, 1.0, 20.0)], method="one", size=2, steps=10, train_seconds=1.0, psnr=20.0, entropy_bits=1.25, table={"x": 1})
+    common.save_png(tmp_path / "c/rays.png", torch.full((7, 5, 3), 0.5))
+    words = ["compare", "a", "c", "--keys", "entropy_bits", "table", "--picture", "rays.png", "--out", "r.png"]
+    done = subprocess.run([sys.executable, str(ROOT / "common.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[0][10:12] == ["entropy_bits", "table"] and [row[10:12] for row in rows[2:]] == [["-", "-"], ["1.250", "-"]]
+    assert len({len(row) for row in rows}) == 1 and iio.imread(tmp_path / "r.png").shape == (11, 5, 3)
 
 
 def seeds(folder):
