@@ -9,11 +9,11 @@ colour is needed. And a camera that moves a little should see nearly the same di
 |----------------------------------|------------------------------------------------------------------------------------|
 | alpha_i = 1 - exp(-sigma delta)  | out["sigmas"], out["deltas"] (R, S); interval i of the S along a ray, all finite   |
 | p(r_i) = alpha_i / sum alpha     | p (R, S), ray_distribution                                                         |
-| Q(r) = sum alpha, eps, M(r)      | --mask, --mask-threshold, opaque                                                   |
+| Q(r) = sum alpha, eps, M(r)      | --mask sum (default: acc, as released), --mask-threshold, opaque                   |
 | H(r), lambda_1                   | entropy [bits], --entropy-weight                                                   |
 | P~, D_KL(P || P~), lambda_2      | near_rays, divergence [nats], --kl-weight                                          |
 
-    L = mse + lambda_1 mean_r M(r) H(r) + lambda_2 mean_r D_KL(P(r) || P(r~))      step 4 of train
+    L = mse + lambda_1 mean_r M(r) H(r) + lambda_2 mean_r D_KL(P(r) || P(r~))      train, ray_terms (M = 0 counts as 0)
     H(r) = - sum_i p_i log2 p_i                                                    entropy
     the mean goes over rays of the given views (seen) and of others (unseen)       --entropy-rays
 
@@ -21,20 +21,26 @@ Where the released code differs from this file:
 (1) Its last interval is 1e10 long, so the last sample has alpha 1 wherever sigma > 0, and a "wall at infinity" takes part in p. Here every
     interval is finite and the ray ends where it leaves the box.
 (2) It takes the entropy of unseen rays only, and draws them from all poses it has loaded, those of the test views included. Here both
-    (--entropy-rays unseen), and from a sphere around the scene (--unseen-poses dataset: the training split's other poses).
+    (--entropy-rays unseen), the unseen from a half sphere around the scene (--unseen-poses dataset: the training split's other poses).
 (3) Its mask is the rendered opacity (acc), the paper's the sum of alphas. Both are here: --mask acc, sum, none.
-(4) Its KL is KL(near || original), against the paper's formula, and compares the i-th samples of two rays that were sampled independently:
-    --kl-direction near. Here twins share their distances t, so the i-th interval is at the same depth.
+(4) Its KL is KL(near || original), against the paper's formula (--kl-direction near), and compares the i-th samples of two rays that were
+    sampled independently. Here twins share their distances t, so the i-th intervals are equally far from their cameras (near the box's
+    faces a twin's may lie outside, where the grid repeats its border).
 (5) KL without entropy crashes there; here each runs alone. Its default KL weight, 1, destroys the training; its DTU setting is 2e-5.
 (6) A step draws all its rays from one picture; here from all given views. Unseen rays: one pose a step there, one pose a ray here.
 (7) It trains on through a field that has gone empty or a wall of fog before the cameras; here both are noticed by the opacity and named.
 (8) Its entropy grows with the number of samples. --normalise density takes the differential entropy, which does not.
-Ours, not the paper's: a hash-grid field for laptops (--field mlp is the paper's), samples only inside the scene's box, and a weight that
-decays (--entropy-final): the term is most useful while the geometry is undecided, and later trades colour for thinness.
+Ours, not the paper's: a hash-grid field for laptops (--field mlp is the paper's), samples only inside the scene's box, the ramp, a positive
+bias at the MLP's density (with the usual one, four of ten seeds are born with density 0 everywhere, and no gradient to leave it), and a KL
+weight 250 times the authors'. Their MLP is smooth by itself, and KL is off in all their configurations but DTU's. A hash grid is not: what
+it stores here says nothing about what it stores next door. There the KL, which ties neighbouring rays together, earns more than the entropy.
 
-    python infonerf.py --scene lego                        4 views, 100 px, hash grid: about two minutes on two cores
-    python infonerf.py --scene lego --entropy-weight 0     the same without the term
-    python infonerf.py --scene lego --preset paper         800 px, 8x256 MLP, for a GPU; not run
+What the runs say (README): entropy alone clears the air (bits and opacity off the object fall by far), gains a little PSNR, and opens holes
+in surfaces; with the KL the gain triples. From 8 views on there is little left to gain; a weight ten times too large makes all worse.
+
+    python infonerf.py --scene lego                                       4 views, 100 px: 18.9 dB, two minutes on one core
+    python infonerf.py --scene lego --entropy-weight 0 --kl-weight 0      the same without the terms: 17.2 dB
+    python infonerf.py --scene lego --preset paper                        800 px, 8x256 MLP, for a GPU; not run
 """
 from __future__ import annotations
 
@@ -106,13 +112,13 @@ class Args:
     entropy_weight: float = 0.005
     """lambda_1, weight of the ray entropy in bits (0: the baseline)."""
     entropy_rays: Literal["seen", "unseen", "both"] = "both"
-    """Whose entropy."""
+    """Whose entropy, and whose KL."""
     unseen_poses: Literal["sphere", "dataset"] = "sphere"
     """Where unseen rays start: a hemisphere at the given cameras' distance (DTU, LLFF: between them), or the training split's others."""
     normalise: Literal["alpha", "weight", "density"] = "alpha"
     """What becomes p: opacities (paper), weights T alpha, or sigma delta (differential entropy: lambda holds at any sample count)."""
     mask: Literal["acc", "sum", "none"] = "acc"
-    """Rays without a surface are left out by accumulated opacity (released), by the sum of alphas (paper), or not at all."""
+    """Rays without a surface count as 0: those of low accumulated opacity (released), of low sum of alphas (paper), or none."""
     mask_threshold: float = 0.1
     """eps, the opacity from which on a ray counts."""
     entropy_ramp: int = 375
@@ -120,19 +126,19 @@ class Args:
     entropy_end: int = 0
     """Step from which on lambda_1 is 0 (0: never)."""
     entropy_final: float = 1.0
-    """What an exponential decay leaves of lambda_1 at the last step (1: constant)."""
+    """What an exponential decay leaves of lambda_1 at the end (1: constant)."""
     kl_weight: float = 0.005
     """lambda_2, weight of the KL divergence of twin rays in nats (0: off; the authors' DTU setting is 2e-5, with an MLP)."""
     kl_direction: Literal["original", "near"] = "original"
     """KL(original || near) (paper) or KL(near || original) (released)."""
-    kl_near: Literal["rotation", "pixel"] = "rotation"
-    """A twin is the ray turned about the world's origin, or that of a neighbouring pixel."""
+    kl_near: Literal["auto", "rotation", "pixel"] = "auto"
+    """A twin is the ray turned about the world's origin, or that of a neighbouring pixel (auto: pixel in NDC, which has no origin)."""
     kl_degrees: float = 5.0
     """Range of each of the three angles of that turn [degrees]."""
     kl_pixels: int = 1
     """Range of that neighbourhood [pixels]."""
     kl_mask: bool = False
-    """Leave rays out of the KL by --mask, too (the authors do not)."""
+    """Rays without a surface count as 0 in the KL, too (the authors': they do not)."""
     kl_rate: float = 0.5
     """lambda_2 is multiplied by this ..."""
     kl_every: int = 5000
@@ -169,7 +175,8 @@ class Args:
 PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", size=800, steps=50_000, rays=1024, unseen_rays=1024, samples=64, importance=128, precrop_steps=500,
-                  entropy_weight=1e-3, entropy_ramp=1, kl_weight=0.0, field="mlp", lr=5e-4, lr_final=0.794, lr_warmup=1, eval_every=5000, eval_views=5),
+                  entropy_weight=1e-3, entropy_ramp=1, kl_weight=0.0, field="mlp", lr=5e-4, lr_final=0.794, lr_warmup=1,
+                  eval_every=5000, eval_views=5),
 }
 
 
@@ -178,19 +185,20 @@ PRESETS = {
 def ray_distribution(sigmas: Tensor, deltas: Tensor, weights: Tensor, by: str) -> Tensor:
     """p_i = m_i / (sum_j m_j + 1e-10): where along a ray its opacity sits.  (R, S) each -> p (R, S), rows of sum 1 (0 on an empty ray).
 
-    by "alpha": m = 1 - exp(-sigma delta) (paper, eq. 3). "weight": m = T alpha, what the eye sees: density behind the first surface does
-    not count. "density": m = sigma delta. Gradient to sigmas (and weights).
+    by "alpha": m = 1 - exp(-sigma delta) (paper, ray density). "weight": m = T alpha, what the eye sees: density behind the first surface
+    does not count. "density": m = sigma delta. Gradient to sigmas (and weights).
     """
     mass = -torch.expm1(-sigmas * deltas) if by == "alpha" else weights if by == "weight" else sigmas * deltas
     return mass / (mass.sum(1, keepdim=True) + 1e-10)
 
 
 def entropy(p: Tensor, deltas: Optional[Tensor] = None) -> Tensor:
-    """H = - sum_i p_i log2(p_i + 1e-10) [bits], 0 for one spike, log2 k for k equal shares.  p (R, S) -> (R,)  (paper, eq. 4).
+    """H = - sum_i p_i log2(p_i + 1e-10) [bits], 0 for one spike, log2 k for k equal shares.  p (R, S) -> (R,)  (paper, ray entropy).
 
     Where deltas (R, S) are given: the differential entropy - sum_i p_i log2(p_i / delta_i), with length measured in 1/64 of the ray's:
-    finer sampling of the same density does not change it. (64 equal shares still have 6 bits; less than one unit has negative ones.)
-    Pocket check: p = (1/2, 1/2), deltas (1/2, 1/2): 1 bit; and 6 bits by the second form.
+    finer sampling of the same density does not change it. A ray that is filled evenly has 6 bits at any sample count, mass within less
+    than 1/64 of the ray a negative number of them (so a masked ray's 0 is not the least any more).
+    Pocket check: p = (1/2, 1/2), deltas (1/2, 1/2): 1 bit; by the second form 6, since each half is 32 units long: 1 + log2 32.
     """
     if deltas is None:
         return -(p * torch.log2(p + 1e-10)).sum(1)
@@ -207,7 +215,7 @@ def divergence(p: Tensor, near: Tensor) -> Tensor:
 def opaque(sigmas: Tensor, deltas: Tensor, acc: Tensor, by: str, threshold: float) -> Tensor:
     """M(r): 1 where a ray meets something, else 0; no gradient.  (R, S), (R, S), (R,) -> (R,).
 
-    Without it, rays through empty space would be asked to end somewhere. acc = 1 - prod(1 - alpha) <= sum alpha: "sum" lets more in.
+    Without it, rays through empty space would be asked to end somewhere. As acc = 1 - prod(1 - alpha) <= sum alpha, "sum" lets more in.
     """
     if by == "none":
         return torch.ones_like(acc)
@@ -297,8 +305,8 @@ def unseen_poses(scene: Scene, rest: Views, n: int, source: str) -> Tensor:
 
 
 def near_rays(rays_o: Tensor, rays_d: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """Each ray turned about the world's origin by Rx Ry Rz, angles uniform in +-degrees: its camera goes round the scene and keeps
-    looking at the same place.  (R, 3) each -> (R, 3) each."""
+    """Each ray turned about the world's origin by Rx Ry Rz, three angles uniform in +-degrees (all in all at most sqrt(3) times that): its
+    camera goes round the origin, and it passes the origin as closely as before.  (R, 3) each -> (R, 3) each."""
     a = (torch.rand(3, len(rays_o), device=rays_o.device) * 2 - 1) * math.radians(degrees)
     c, s, one, zero = a.cos(), a.sin(), torch.ones_like(a[0]), torch.zeros_like(a[0])
     matrix = lambda *rows: torch.stack([torch.stack(row, -1) for row in rows], -2)                  # (R, 3, 3)
@@ -336,7 +344,10 @@ class _TruncatedExp(torch.autograd.Function):
 
 
 class HashField(nn.Module):
-    """Instant-NGP's field, small: hash grid -> MLP 64 -> density and 15 features; these and the direction -> MLP 64 -> colour."""
+    """Instant-NGP's field, small: hash grid -> MLP 64 -> density and 15 features; these and the direction -> MLP 64 -> colour.
+
+    The density starts at e^-1: thin fog everywhere, so that there is a gradient everywhere.
+    """
     def __init__(self, args: Args, aabb: Tensor):
         super().__init__()
         self.levels = hash_levels(args.levels, args.base, args.finest, args.log2_table)
@@ -359,6 +370,7 @@ class MLPField(nn.Module):
         W, self.noise = args.width, args.density_noise
         self.layers = nn.ModuleList([nn.Linear(63 if i == 0 else W + 63 if i == 5 else W, W) for i in range(8)])
         self.density, self.feature = nn.Linear(W, 1), nn.Linear(W, W)
+        nn.init.constant_(self.density.bias, 0.1)                                                   # fog, not nothing: a ReLU of less is dead
         self.colour = nn.Sequential(nn.Linear(W + 27, W // 2), nn.ReLU(), nn.Linear(W // 2, 3))
 
     @staticmethod
@@ -451,7 +463,8 @@ def render_view(fields, c2w: Tensor, K: Tensor, scene: Scene, args: Args, chunk:
 
 
 def evaluate(fields, scene: Scene, args: Args, ids: list[int], pictures=None) -> dict:
-    """Means over test views; pictures: folder for strips (truth | render | error | depth).
+    """Scores of test views; pictures: folder for strips (truth | render | error | depth). PSNR and SSIM: mean over views; the others: over
+    the pixels of all views.
 
     psnr [dB], ssim; psnr_masked, ssim_masked inside the object's mask (DTU; outside, both pictures are set to the background);
     entropy_bits: mean H of rays with acc > 0.1; acc_on_object, acc_off_object: mean opacity where alpha is 1 and where it is 0;
@@ -482,7 +495,7 @@ def evaluate(fields, scene: Scene, args: Args, ids: list[int], pictures=None) ->
 @torch.no_grad()
 def ray_picture(fields, scene: Scene, args: Args) -> Tensor:
     """Where the rays of one image row end: the middle row of the first test view, a column a ray, the camera below, far above; brightness
-    is p relative to the column's largest, times acc. A white dot: the true depth, where it is known.  -> (3 S, 3 W, 3)."""
+    is p, in 96 even intervals, relative to the column's largest, times acc. White: the true depth, if known.  -> (288, 3 W, 3)."""
     views, (H, W) = scene.test, scene.test.images.shape[1:3]
     xy = pixel_grid(H, W, views.c2w.device).view(H, W, 2)[H // 2]                                   # (W, 2)
     rays = camera_rays(xy, K_of(views, 0), views.c2w[:1].expand(W, 3, 4), scene)
@@ -539,8 +552,18 @@ def draw_pixels(n: int, H: int, W: int, share: float, device) -> Tensor:
     return ((1 - share) / 2 * side + torch.rand(n, 2, device=device) * share * side).floor().clamp(max=side - 1) + 0.5
 
 
+def neighbours(xy: Tensor, reach: int, H: int, W: int) -> Tensor:
+    """Another pixel for each of xy (n, 2), at most `reach` to the side and `reach` up or down; one that would lie outside is mirrored."""
+    move = torch.randint((2 * reach + 1) ** 2 - 1, (len(xy),), device=xy.device)
+    move = move + (move >= 2 * reach * (reach + 1))                                                 # the middle, no move at all, is left out
+    moved = xy + torch.stack([move % (2 * reach + 1) - reach, move // (2 * reach + 1) - reach], -1)
+    side = torch.tensor([W, H], device=xy.device)
+    return torch.where((moved < 0) | (moved > side), 2 * xy - moved, moved)
+
+
 def ray_terms(fields, scene: Scene, rest: Views, args: Args, seen: tuple, out: dict, lambda1: float, lambda2: float):
-    """-> mean M H [bits], mean KL [nats]; 0 where the weight is 0. seen: pixels (R, 2), K and c2w of the rays rendered as `out`."""
+    """-> mean M H [bits], mean KL [nats], without their weights; 0, and not computed, where the weight is 0.
+    seen: pixels (R, 2), K and c2w of the rays rendered as `out`."""
     H_mean = kl_mean = out["acc"].new_zeros(())
     if not (lambda1 or lambda2):
         return H_mean, kl_mean
@@ -548,24 +571,24 @@ def ray_terms(fields, scene: Scene, rest: Views, args: Args, seen: tuple, out: d
     # 2. unseen rays: cameras without pictures; only where they end is asked, so no colour is computed
     batches = [(seen, out)] if args.entropy_rays != "unseen" else []
     if args.entropy_rays != "seen":
-        camera = torch.randint(len(views.names), (n,), device=views.c2w.device)                     # whose lens
+        camera = torch.randint(len(views.names), (n,), device=views.c2w.device)                     # any view's intrinsics
         unseen = (draw_pixels(n, H, W, 1.0, views.c2w.device), K_of(views, camera), unseen_poses(scene, rest, n, args.unseen_poses))
         batches.append((unseen, render(fields, *camera_rays(*unseen, scene), scene, scene.bg, args, perturb=True, colour=False)))
     Hs, kls = [], []
-    for (xy, K, c2w), out in batches:
+    for (xy, K, c2w), o in batches:
         # 3. where the rays end, and whether they do; the entropy of that
-        p = ray_distribution(out["sigmas"], out["deltas"], out["weights"], args.normalise)          # (R, S)
-        m = opaque(out["sigmas"], out["deltas"], out["acc"], args.mask, args.mask_threshold)        # (R,)
+        p = ray_distribution(o["sigmas"], o["deltas"], o["weights"], args.normalise)                # (R, S)
+        m = opaque(o["sigmas"], o["deltas"], o["acc"], args.mask, args.mask_threshold)              # (R,)
         if lambda1:
-            Hs.append(m * entropy(p, out["deltas"] if args.normalise == "density" else None))
+            Hs.append(m * entropy(p, o["deltas"] if args.normalise == "density" else None))
         # 4. their twins, at the same distances t, and the divergence
         if lambda2:
             if args.kl_near == "pixel":
-                xy = xy + torch.randint(-args.kl_pixels, args.kl_pixels + 1, xy.shape, device=xy.device)
+                xy = neighbours(xy, args.kl_pixels, H, W)
             twins = camera_rays(xy, K, c2w, scene)
             if args.kl_near == "rotation":
                 twins = near_rays(*twins, args.kl_degrees)
-            near = blend(fields["fine"], *twins, out["t"], scene.bg, False)
+            near = blend(fields["fine"], *twins, o["t"], scene.bg, False)
             q = ray_distribution(near["sigmas"], near["deltas"], near["weights"], args.normalise)
             kls.append((m if args.kl_mask else 1) * (divergence(p, q) if args.kl_direction == "original" else divergence(q, p)))
     return torch.cat(Hs).mean() if lambda1 else H_mean, torch.cat(kls).mean() if lambda2 else kl_mean
@@ -576,10 +599,12 @@ def train(args: Args) -> dict:
     check(args)
     torch.manual_seed(args.seed)
     scene, rest = few_shot(load_scene(args.scene, args.data, args.size, args.background), args)
+    if args.kl_near == "auto":
+        args = replace(args, kl_near="pixel" if scene.ndc else "rotation")
     if args.kl_weight and args.kl_near == "rotation" and scene.ndc:
         raise UserError(f"--kl-near rotation: {scene.name} is a forward-facing scene, with no middle to turn about: use --kl-near pixel")
     if args.unseen_poses == "dataset" and len(rest.names) == 0:
-        raise UserError(f"--unseen-poses dataset: all training views of {scene.name} are given: use --unseen-poses sphere")
+        raise UserError(f"--unseen-poses dataset: {scene.name} has no view that is neither given nor tested: use --unseen-poses sphere")
     scene, rest = to_device(scene, args.device), to_device(rest, args.device)
     run = Run("infonerf", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
@@ -662,7 +687,7 @@ def conclude(args: Args, run: Run, scene: Scene, fields, step: int, seconds: flo
             frames.append(torch.cat([out["rgb"], colour_map(out["depth"], scene.near, scene.far)], 1))
         save_video(run.path / "render.mp4", frames)
     summary = dict(method="infonerf", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=step,
-                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device)), **scores,
+                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), **scores,
                    train_views=scene.train.names, test_views=len(scene.test.names), entropy_weight=args.entropy_weight, kl_weight=args.kl_weight)
     run.summary(**summary)
     rest = "".join(f", {name} {scores[name]:.3f}" for name in scores if name not in ("psnr", "ssim"))

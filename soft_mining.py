@@ -631,7 +631,7 @@ def conclude(args: Args, run: Run, scene: Scene, field, grid, march_step: float,
         views = replace(scene.test, c2w=path.to(args.device), images=scene.test.images[:1].expand(len(path), -1, -1, -1))
         save_video(run.path / "render.mp4", [render_view(field, grid, views, v, scene, march_step)["rgb"] for v in range(len(path))])
     summary = dict(method="soft_mining", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=count["step"],
-                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device)), **scores,
+                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), **scores,
                    sampling=args.sampling, rays=count["rays"], samples=count["samples"])
     run.summary(**summary)
     print(f"{scene.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scene.test.images)} test views after "
