@@ -1315,7 +1315,7 @@ class Compare:
     runs: tyro.conf.Positional[list[Path]]
     """Run folders."""
     out: Path = Path("compare.png")
-    """Where the runs' pictures go, below each other."""
+    """Where the runs' pictures go, below each other or, if they are not wide, side by side."""
     curves: Path | None = None
     """Where the curves go (FILE.svg): held-out PSNR against steps, rays, samples and training seconds."""
     keys: list[str] = field(default_factory=list)
@@ -1333,10 +1333,12 @@ class Compare:
         path, flag = self.out, "--out"
         try:
             if pictures:
-                W = max(image.shape[1] for _, image in pictures)
-                rows = [np.pad(image, ((0, 4), (0, W - image.shape[1]), (0, 0)), constant_values=1) for _, image in pictures]
-                save_png(self.out, torch.from_numpy(np.concatenate(rows)))
-                print(f"\n{self.out}, {self.picture} from top to bottom: " + ", ".join(run.name for run, _ in pictures))
+                H, W = (max(image.shape[axis] for _, image in pictures) for axis in (0, 1))
+                wide = W >= 2 * H                                       # strips below each other, other pictures side by side
+                pad = lambda h, w: ((0, 4 if wide else H - h), (0, W - w if wide else 4), (0, 0))
+                padded = [np.pad(image, pad(*image.shape[:2]), constant_values=1) for _, image in pictures]
+                save_png(self.out, torch.from_numpy(np.concatenate(padded, 0 if wide else 1)))
+                print(f"\n{self.out}, {self.picture} from {'top to bottom' if wide else 'left to right'}:", ", ".join(run.name for run, _ in pictures))
             if self.curves:
                 path, flag = self.curves, "--curves"
                 self.curves.write_text(draw_curves(self.runs), encoding="utf-8")

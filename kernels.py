@@ -7,12 +7,13 @@ Every operation comes in the same six parts, so that one can be read after the o
     march         rays and an occupancy grid         -> packed samples            no gradient
     composite     densities and colours of samples   -> colour, opacity, depth    gradient to sigmas, rgbs
     hash_encode   positions and a hashed table       -> features                  gradient to table and positions
+    voxel_interp  positions, index grid, its rows    -> features                  gradient to the rows, or to some of them
 
 Letters: R rays, N samples, C channels, L levels, F features a level.  Packed samples: those of ray r are the rows
 offsets[r]:offsets[r+1] of every (N, ...) tensor, so that rays may differ in length and none is padded.
 
 backend:  "reference"  the definition; autograd derives its backward
-          "torch"      hash_encode only: same forward, hand-written backward, several times faster on a CPU
+          "torch"      hash_encode and voxel_interp: same results, hand-written backward, several times faster on a CPU
           "triton"     the kernels below (float32 or float64, in their input's precision)
           "auto"       triton for CUDA tensors, otherwise the fastest of the others
 
@@ -53,6 +54,7 @@ except ImportError as error:                    # macOS, Windows: everything but
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 RAYS, BLOCK = 4, 32      # a program of march or composite: 4 rays, one warp each, 32 steps of the ray at a time (a full 128-byte line)
 POINTS = 128             # a program of hash_encode: this many positions, one level
+VOXEL_POINTS, VOXEL_WARPS = 32, 1        # TODO
 
 
 # ---------------------------------------------------------------------------------------------------- shared by the public calls
@@ -649,6 +651,166 @@ def hash_encode(x, table, levels, backend="auto"):
     return run[_backend(backend, ("reference", "torch"), x)](x, table, levels)
 
 
+# =============================================================================================================== 4. voxel_interp
+# Plenoxels section 3.1: a lattice most of whose points are empty. links, as large as the lattice, says which row of values a point owns; negative:
+# none. A position in lattice coordinates falls into one cell, and what its corners own is interpolated trilinearly:
+#     p = clamp(x, 0, size - 1)      c = min(floor(p), size - 2)      u = p - c         (axis by axis; size = X, Y or Z)
+#     out = sum_{k in {0,1}^3} w_k values[links[c + k]]               w_k = prod_axis (u if k_axis else 1 - u)
+# A missing corner counts as 0, so that values fall off towards the empty side of a surface. One row holds density and colour: one gather for both.
+# Gradient, with g = dL/dout:  dL/dvalues[links[c + k]] += w_k g     for corners that are there and, with a mask, whose row it names; none to x.
+
+def _voxel_corners(x, links):
+    """x (N, 3) -> rows (8, N) int32 of the corners in values (negative: not there), weights (8, N). Bits 0, 1, 2 of the corner's number: x, y, z."""
+    top = torch.tensor(links.shape, dtype=x.dtype, device=x.device)[:, None] - 1    # (3, 1)
+    place = x.detach().t().clamp(min=0).minimum(top)                                # (3, N); both pass a NaN on
+    cell = place.long().clamp_(min=0).minimum(top.long() - 1)
+    upper = place - cell
+    (cx, cy, cz), (wx, wy, wz) = torch.stack([cell, cell + 1], 1), torch.stack([1 - upper, upper], 1)       # each (2, N)
+    _, Y, Z = links.shape
+    flat = (cx * (Y * Z))[None, None] + (cy * Z)[None, :, None] + cz[:, None, None]                        # (2, 2, 2, N), axes z, y, x
+    rows = links.reshape(-1).index_select(0, flat.view(-1))
+    return rows.view(8, -1), (wz[:, None, None] * wy[:, None] * wx).view(8, -1)
+
+
+def voxel_interp_ref(x, links, values, mask=None):
+    rows, weights = _voxel_corners(x, links)
+    if mask is not None:
+        values = torch.where(mask[:, None], values, values.detach())
+    values = nnf.pad(values, (0, 0, 1, 0))                                          # row 0: the zero of all who are missing
+    return (values[rows.clamp(min=-1) + 1] * weights[:, :, None]).sum(0)            # (8, N, F) -> (N, F)
+
+
+@triton.jit
+def _voxel_place(x, n, alive, axis: tl.constexpr, size):
+    """One axis of the positions -> lower lattice coordinate, its distance u to the position."""
+    x = tl.load(x + n * 3 + axis, alive, 0.0)
+    p = tl.where(x < 0, 0.0, tl.where(x > size - 1, size - 1, x)).to(x.dtype)           # passes a NaN on, as in _place
+    cell = tl.minimum(tl.maximum(p.to(tl.int32), 0), size - 2)
+    return cell, p - cell.to(x.dtype)
+
+
+@triton.jit
+def _voxel_row(links, x, y, z, alive, Y, Z, M):
+    """A corner's row and whether it is there. A row that values does not have counts as missing: nothing is read or written outside."""
+    row = tl.load(links + (x.to(tl.int64) * Y + y) * Z + z, alive, -1)
+    return row.to(tl.int64), alive & (row >= 0) & (row < M)
+
+
+@triton.jit
+def _voxel_forward(x, links, values, out, N, X, Y, Z, M, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    alive, f = n < N, tl.arange(0, FP)
+    cx, ux = _voxel_place(x, n, alive, 0, X)
+    cy, uy = _voxel_place(x, n, alive, 1, Y)
+    cz, uz = _voxel_place(x, n, alive, 2, Z)
+    total = tl.zeros((POINTS, FP), values.dtype.element_ty)
+    for k in tl.static_range(8):
+        row, there = _voxel_row(links, cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), alive, Y, Z, M)
+        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
+        total += w[:, None] * tl.load(values + row[:, None] * F + f[None, :], there[:, None] & (f < F)[None, :], 0.0)
+    tl.store(out + n[:, None] * F + f[None, :], total, alive[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def _voxel_backward(x, links, mask, d_out, d_values, N, X, Y, Z, M, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """The forward's mirror image. A corner that is missing or masked out costs no atomic; a position all of whose corners are, no read of d_out
+    either: g is loaded corner by corner, from the L1 cache after the first time."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    alive, f = n < N, tl.arange(0, FP)
+    cx, ux = _voxel_place(x, n, alive, 0, X)
+    cy, uy = _voxel_place(x, n, alive, 1, Y)
+    cz, uz = _voxel_place(x, n, alive, 2, Z)
+    for k in tl.static_range(8):
+        row, takes = _voxel_row(links, cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), alive, Y, Z, M)
+        if mask is not None:
+            takes = takes & (tl.load(mask + row, takes, 0) != 0)
+        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
+        some = takes[:, None] & (f < F)[None, :]
+        g = tl.load(d_out + n[:, None] * F + f[None, :], some, 0.0)
+        tl.atomic_add(d_values + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
+
+
+class _VoxelTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, links, values, mask):
+        x, links, values = x.contiguous(), links.contiguous(), values.contiguous()
+        mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        (N, (M, F)) = len(x), values.shape
+        out = values.new_empty(N, F)
+        ctx.save_for_backward(x, links, mask)
+        ctx.sizes = (N, *links.shape, M, F, triton.next_power_of_2(F), VOXEL_POINTS)
+        if N:
+            with torch.cuda.device_of(x):
+                _voxel_forward[triton.cdiv(N, VOXEL_POINTS),](x, links, values, out, *ctx.sizes, num_warps=VOXEL_WARPS, enable_fp_fusion=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (N, _, _, _, M, F, *_), d_out = ctx.sizes, d_out.contiguous()
+        d_values = d_out.new_zeros(M, F)
+        if N and M:
+            with torch.cuda.device_of(d_out):
+                _voxel_backward[triton.cdiv(N, VOXEL_POINTS),](*ctx.saved_tensors, d_out, d_values, *ctx.sizes,
+                                                               num_warps=VOXEL_WARPS, enable_fp_fusion=True)
+        return None, None, d_values, None
+
+
+class _VoxelTorch(torch.autograd.Function):
+    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass (a missing corner reads row 0 with
+    weight 0: for finite values that is nothing). Backward: only the (corner, position) pairs that count, then one scatter_add_ of whole rows,
+    which sorts them by row and adds in order: the same sum each time, at F = 28 twice as fast as index_add_."""
+    @staticmethod
+    def forward(ctx, x, links, values, mask):
+        rows, weights = _voxel_corners(x, links)
+        ctx.save_for_backward(rows, weights, mask)
+        ctx.shape = values.shape
+        table = values if len(values) else values.new_zeros(1, values.shape[1])
+        return nnf.embedding_bag(rows.clamp(min=0).t().contiguous(), table.contiguous(), mode="sum",
+                                 per_sample_weights=(weights * (rows >= 0)).t().contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (rows, weights, mask), (M, F), N = ctx.saved_tensors, ctx.shape, len(d_out)
+        d_values = d_out.new_zeros(M, F)
+        if not N or not M:
+            return None, None, d_values, None
+        rows = rows.view(-1)
+        pairs = (rows >= 0).nonzero()[:, 0]                                         # corner * N + position
+        rows = rows[pairs]
+        if mask is not None:
+            takes = mask[rows].nonzero()[:, 0]
+            pairs, rows = pairs[takes], rows[takes]
+        g = d_out.index_select(0, pairs % N) * weights.view(-1)[pairs][:, None]     # (P, F)
+        return None, None, d_values.scatter_add_(0, rows.long()[:, None].expand(-1, F), g), None
+
+
+def voxel_interp(x, links, values, mask=None, backend="auto"):
+    """Features of positions from a sparse grid: eight rows found through an index grid (Plenoxels section 3.1).  Returns (N, F).
+
+    x (N, 3) in lattice coordinates: the lattice point (i, j, k) sits at x = (i, j, k); clamped to [0, size - 1] along each axis. links (X, Y, Z) int32,
+    each side at least 2: the point's row of values, below 0 where it has none (it then counts as 0). values (M, F) finite, of x's dtype; F to 32 or so
+    (1 density, 27 spherical harmonics). mask (M,) bool: the rows that receive a gradient, None for all; the backward then does no work for the others,
+    so that a restricted update (StreamRF) is also a faster one. Gradient to values only, none to x. On a GPU its sums are atomic: the last bits differ
+    from run to run, on the CPU they do not.
+    Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with value 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
+    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, 32 of links each way, 32F of gathers, 32F of atomic adds,
+    less where corners are missing or masked. At F = 28: 124, 124, 32 and 896 bytes. Neighbours on a ray share rows, so caches serve most of these.
+    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or RuntimeError on the
+    CPU, while the kernels take that corner as missing. Source: Plenoxels section 3.1 (grid, interpolation); StreamRF (updates of some rows only).
+    """
+    _check("x", x, (None, 3))
+    _check("links", links, (None, None, None), x, torch.int32)
+    _check("values", values, (None, None), x)
+    if min(links.shape) < 2 or values.shape[1] == 0:
+        raise ValueError(f"links needs two points along each axis and values a column; their shapes are {tuple(links.shape)} and {tuple(values.shape)}")
+    if mask is not None:
+        _check("mask", mask, (len(values),), x, torch.bool)
+    run = {"reference": voxel_interp_ref, "torch": _VoxelTorch.apply, "triton": _VoxelTriton.apply}
+    return run[_backend(backend, ("reference", "torch"), x)](x.detach(), links, values, mask)
+
+
 # ============================================================================================== python kernels.py: check, time, look inside
 def _problem(name, dtype, device, rays):
     """One operation on made-up input (the same numbers in every dtype): function of a backend, its differentiable inputs, bytes each way."""
@@ -769,7 +931,7 @@ def benchmark(rays, with_compile=True, seconds=1.0):
 
 
 def kernel_list():
-    """Every kernel with its compile-time constants, as the public calls launch it at C = 3, F = 4 or 2."""
+    """Every kernel with its compile-time constants, as the public calls launch it at C = 3 and the F of each."""
     if NO_TRITON or INTERPRET:
         raise RuntimeError(NO_TRITON or "TRITON_INTERPRET=1 is set: there is nothing to compile")
     tile, options = {"RAYS": RAYS, "BLOCK": BLOCK}, {"num_warps": RAYS, "enable_fp_fusion": True}
@@ -780,14 +942,19 @@ def kernel_list():
             ("composite, backward with weights", _composite_backward, {"C": 3, "CP": 4, **tile}, options)] + [
             (f"hash_encode, {what}, F = {F}", kernel, {"F": F, "FP": F, "POINTS": POINTS, **levels}, {"enable_fp_fusion": True}) for F in (4, 2)
             for what, kernel, levels in (("forward", _hash_forward, {}), ("backward to table", _hash_backward_table, {}),
-                                         ("backward to x", _hash_backward_x, {"L": 8}))]
+                                         ("backward to x", _hash_backward_x, {"L": 8}))] + [
+            (f"voxel_interp, {what}, F = {F}", kernel, {"F": F, "FP": triton.next_power_of_2(F), "POINTS": VOXEL_POINTS, **mask},
+             {"num_warps": VOXEL_WARPS, "enable_fp_fusion": True}) for F in (28, 4)
+            for what, kernel, mask in (("forward", _voxel_forward, {}), ("backward to values", _voxel_backward, {"mask": None}),
+                                       ("backward to values, masked", _voxel_backward, {}))]
 
 
 def resources(kernel, constants, options, capability, dtype="fp32"):
     """Compile for a GPU that need not be here; what ptxas and the disassembler inside the triton package say of the result."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    types = {"occupied": "*u8", "offsets": "*i64", "counts": "*i64", "ray_ids": "*i64", "layout": "*i32", **dict.fromkeys("RNLXYZ", "i32"),
+    types = {"occupied": "*u8", "offsets": "*i64", "counts": "*i64", "ray_ids": "*i64", "layout": "*i32", "links": "*i32", "mask": "*u8",
+             **dict.fromkeys("RNLMXYZ", "i32"),
              **dict.fromkeys(("step", "near", "far", "early_stop"), "fp64"), **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "*" + dtype) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}

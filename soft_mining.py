@@ -38,7 +38,7 @@ where rays are what costs. The pixel gradient adds nothing measurable here. Try 
 An honest clock. A mined ray hits the object more often than a uniform one, so at equal rays a step of Soft Mining costs more. With
 --batch samples every step renders equally many samples, whatever their rays; metrics.jsonl counts steps, rays, samples and seconds.
 
-    python soft_mining.py --scene lego                    31.4 dB over 25 test views at 100 px, 140 s on two cores
+    python soft_mining.py --scene lego                    31.2 dB over 25 test views at 100 px, 130 s of one core
     python soft_mining.py --scene lego --preset paper     for a GPU; not run
 """
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Args:
     scene: str = "lego"
     """A scene's name under --data, a path, or the built-in `bricks`."""
     data: str = os.environ.get("NERF_DATA", "data")
-    """Folder with nerf_synthetic/, nerf_llff_data/ (default: $NERF_DATA, else `data`)."""
+    """Folder with nerf_synthetic/, nerf_llff_data/, dtu/ (default: $NERF_DATA, else `data`)."""
     preset: Literal["quick", "paper"] = "quick"
     """quick: 100 px, two minutes on two cores. paper: 800 px, 20 000 steps, for a GPU."""
     out: Optional[str] = None

@@ -869,7 +869,7 @@ def test_compare(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "common.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=True)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[0][10:12] == ["entropy_bits", "table"] and [row[10:12] for row in rows[2:]] == [["-", "-"], ["1.250", "-"]]
-    assert len({len(row) for row in rows}) == 1 and iio.imread(tmp_path / "r.png").shape == (11, 5, 3)
+    assert len({len(row) for row in rows}) == 1 and iio.imread(tmp_path / "r.png").shape == (7, 9, 3)       # not wide: side by side
 
 
 def seeds(folder):
