@@ -54,7 +54,7 @@ except ImportError as error:                    # macOS, Windows: everything but
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 RAYS, BLOCK = 4, 32      # a program of march or composite: 4 rays, one warp each, 32 steps of the ray at a time (a full 128-byte line)
 POINTS = 128             # a program of hash_encode: this many positions, one level
-VOXEL_POINTS, VOXEL_WARPS = 32, 1        # TODO
+VOXEL_CELLS = 512        # a program of voxel_interp: positions x features, at most POINTS positions; see _voxel_sizes
 
 
 # ---------------------------------------------------------------------------------------------------- shared by the public calls
@@ -652,15 +652,15 @@ def hash_encode(x, table, levels, backend="auto"):
 
 
 # =============================================================================================================== 4. voxel_interp
-# Plenoxels section 3.1: a lattice most of whose points are empty. links, as large as the lattice, says which row of values a point owns; negative:
-# none. A position in lattice coordinates falls into one cell, and what its corners own is interpolated trilinearly:
+# Plenoxels section 3.1: a lattice most of whose points are empty. links, as large as the lattice, says which row of values a point owns;
+# negative: none. A position in lattice coordinates falls into one cell, and what its corners own is interpolated trilinearly:
 #     p = clamp(x, 0, size - 1)      c = min(floor(p), size - 2)      u = p - c         (axis by axis; size = X, Y or Z)
 #     out = sum_{k in {0,1}^3} w_k values[links[c + k]]               w_k = prod_axis (u if k_axis else 1 - u)
-# A missing corner counts as 0, so that values fall off towards the empty side of a surface. One row holds density and colour: one gather for both.
-# Gradient, with g = dL/dout:  dL/dvalues[links[c + k]] += w_k g     for corners that are there and, with a mask, whose row it names; none to x.
+# A missing corner counts as 0, so that values fall off towards the empty side of a surface. A row is density and colour: one gather.
+# Gradient, with g = dL/dout:  dL/dvalues[links[c + k]] += w_k g     for corners that are there, and in the mask if there is one; none to x.
 
 def _voxel_corners(x, links):
-    """x (N, 3) -> rows (8, N) int32 of the corners in values (negative: not there), weights (8, N). Bits 0, 1, 2 of the corner's number: x, y, z."""
+    """x (N, 3) -> rows (8, N) int32 of the corners in values (negative: not there), weights (8, N). Corners as in _rows_weights."""
     top = torch.tensor(links.shape, dtype=x.dtype, device=x.device)[:, None] - 1    # (3, 1)
     place = x.detach().t().clamp(min=0).minimum(top)                                # (3, N); both pass a NaN on
     cell = place.long().clamp_(min=0).minimum(top.long() - 1)
@@ -713,8 +713,8 @@ def _voxel_forward(x, links, values, out, N, X, Y, Z, M, F: tl.constexpr, FP: tl
 
 @triton.jit
 def _voxel_backward(x, links, mask, d_out, d_values, N, X, Y, Z, M, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """The forward's mirror image. A corner that is missing or masked out costs no atomic; a position all of whose corners are, no read of d_out
-    either: g is loaded corner by corner, from the L1 cache after the first time."""
+    """The forward's mirror image. A corner that is missing or masked out costs no atomic; a position all of whose corners are, no read of
+    d_out either: g is loaded corner by corner, from the L1 cache after the first time."""
     n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
     alive, f = n < N, tl.arange(0, FP)
     cx, ux = _voxel_place(x, n, alive, 0, X)
@@ -730,6 +730,14 @@ def _voxel_backward(x, links, mask, d_out, d_values, N, X, Y, Z, M, F: tl.conste
         tl.atomic_add(d_values + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
 
 
+def _voxel_sizes(F):
+    """F, F rounded up, positions of a program. It has 4 warps, as all here. At F = 28: 16 positions; eight lanes share a row, one 128-bit
+    load or atomic each, and a thread has one row: 40 registers. sm_80 adds one number a lane, so that each lane needs the address of many rows:
+    90 registers, and at 32 positions 161. At F <= 4: 128 positions, one lane a row."""
+    FP = triton.next_power_of_2(F)
+    return F, FP, max(1, min(POINTS, VOXEL_CELLS // FP))
+
+
 class _VoxelTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, links, values, mask):
@@ -738,10 +746,10 @@ class _VoxelTriton(torch.autograd.Function):
         (N, (M, F)) = len(x), values.shape
         out = values.new_empty(N, F)
         ctx.save_for_backward(x, links, mask)
-        ctx.sizes = (N, *links.shape, M, F, triton.next_power_of_2(F), VOXEL_POINTS)
+        ctx.sizes = (N, *links.shape, M, *_voxel_sizes(F))
         if N:
             with torch.cuda.device_of(x):
-                _voxel_forward[triton.cdiv(N, VOXEL_POINTS),](x, links, values, out, *ctx.sizes, num_warps=VOXEL_WARPS, enable_fp_fusion=True)
+                _voxel_forward[triton.cdiv(N, ctx.sizes[-1]),](x, links, values, out, *ctx.sizes, enable_fp_fusion=True)
         return out
 
     @staticmethod
@@ -751,60 +759,55 @@ class _VoxelTriton(torch.autograd.Function):
         d_values = d_out.new_zeros(M, F)
         if N and M:
             with torch.cuda.device_of(d_out):
-                _voxel_backward[triton.cdiv(N, VOXEL_POINTS),](*ctx.saved_tensors, d_out, d_values, *ctx.sizes,
-                                                               num_warps=VOXEL_WARPS, enable_fp_fusion=True)
+                _voxel_backward[triton.cdiv(N, ctx.sizes[-1]),](*ctx.saved_tensors, d_out, d_values, *ctx.sizes, enable_fp_fusion=True)
         return None, None, d_values, None
 
 
 class _VoxelTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass (a missing corner reads row 0 with
-    weight 0: for finite values that is nothing). Backward: only the (corner, position) pairs that count, then one scatter_add_ of whole rows,
-    which sorts them by row and adds in order: the same sum each time, at F = 28 twice as fast as index_add_."""
+    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass (a missing corner reads row 0
+    with weight 0: for finite values that is nothing). Backward: only the (position, corner) pairs that count, then one scatter_add_ of
+    whole rows, which sorts them by row and adds in order: the same sum each time, and at F = 28 in half the time of index_add_."""
     @staticmethod
     def forward(ctx, x, links, values, mask):
-        rows, weights = _voxel_corners(x, links)
+        rows, weights = (a.t().contiguous() for a in _voxel_corners(x, links))      # (N, 8)
         ctx.save_for_backward(rows, weights, mask)
         ctx.shape = values.shape
-        table = values if len(values) else values.new_zeros(1, values.shape[1])
-        return nnf.embedding_bag(rows.clamp(min=0).t().contiguous(), table.contiguous(), mode="sum",
-                                 per_sample_weights=(weights * (rows >= 0)).t().contiguous())
+        table = values.contiguous() if len(values) else values.new_zeros(1, values.shape[1])
+        return nnf.embedding_bag(rows.clamp(min=0), table, per_sample_weights=weights * (rows >= 0), mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        (rows, weights, mask), (M, F), N = ctx.saved_tensors, ctx.shape, len(d_out)
-        d_values = d_out.new_zeros(M, F)
-        if not N or not M:
-            return None, None, d_values, None
+        (rows, weights, mask), (M, F) = ctx.saved_tensors, ctx.shape
         rows = rows.view(-1)
-        pairs = (rows >= 0).nonzero()[:, 0]                                         # corner * N + position
+        pairs = (rows >= 0).nonzero()[:, 0]                                         # 8 position + corner
         rows = rows[pairs]
         if mask is not None:
             takes = mask[rows].nonzero()[:, 0]
             pairs, rows = pairs[takes], rows[takes]
-        g = d_out.index_select(0, pairs % N) * weights.view(-1)[pairs][:, None]     # (P, F)
-        return None, None, d_values.scatter_add_(0, rows.long()[:, None].expand(-1, F), g), None
+        g = d_out.index_select(0, pairs // 8) * weights.view(-1)[pairs][:, None]    # (P, F)
+        return None, None, d_out.new_zeros(M, F).scatter_add_(0, rows.long()[:, None].expand(-1, F), g), None
 
 
 def voxel_interp(x, links, values, mask=None, backend="auto"):
     """Features of positions from a sparse grid: eight rows found through an index grid (Plenoxels section 3.1).  Returns (N, F).
 
-    x (N, 3) in lattice coordinates: the lattice point (i, j, k) sits at x = (i, j, k); clamped to [0, size - 1] along each axis. links (X, Y, Z) int32,
-    each side at least 2: the point's row of values, below 0 where it has none (it then counts as 0). values (M, F) finite, of x's dtype; F to 32 or so
-    (1 density, 27 spherical harmonics). mask (M,) bool: the rows that receive a gradient, None for all; the backward then does no work for the others,
-    so that a restricted update (StreamRF) is also a faster one. Gradient to values only, none to x. On a GPU its sums are atomic: the last bits differ
-    from run to run, on the CPU they do not.
-    Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with value 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
-    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, 32 of links each way, 32F of gathers, 32F of atomic adds,
-    less where corners are missing or masked. At F = 28: 124, 124, 32 and 896 bytes. Neighbours on a ray share rows, so caches serve most of these.
-    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or RuntimeError on the
-    CPU, while the kernels take that corner as missing. Source: Plenoxels section 3.1 (grid, interpolation); StreamRF (updates of some rows only).
+    x (N, 3) in lattice coordinates: the lattice point (i, j, k) sits at x = (i, j, k); clamped to [0, size - 1] along each axis.
+    links (X, Y, Z) int32, each side at least 2: the point's row of values; negative: it has none and counts as 0. values (M, F) finite, of
+    x's dtype, F up to 32 or so (1 density, 27 spherical harmonics). mask (M,) bool: the rows that receive a gradient; None: all. The
+    backward does no work for the other rows, so that a restricted update is also a faster one.
+    Gradient to values; none to x, links, mask. On a GPU its sums are atomic: the last bits differ from run to run, on the CPU they do not.
+    Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
+    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 32 of links and 32F of gathers or atomics,
+    less where corners are missing or masked. At F = 28: 124, 124, and 928 that caches serve in part, as neighbours on a ray share corners.
+    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or
+    RuntimeError on the CPU, while the kernels count that corner as missing. Source: Plenoxels section 3.1; StreamRF for the mask.
     """
     _check("x", x, (None, 3))
     _check("links", links, (None, None, None), x, torch.int32)
     _check("values", values, (None, None), x)
     if min(links.shape) < 2 or values.shape[1] == 0:
-        raise ValueError(f"links needs two points along each axis and values a column; their shapes are {tuple(links.shape)} and {tuple(values.shape)}")
+        raise ValueError(f"links {tuple(links.shape)} needs two points along each axis, values {tuple(values.shape)} a column")
     if mask is not None:
         _check("mask", mask, (len(values),), x, torch.bool)
     run = {"reference": voxel_interp_ref, "torch": _VoxelTorch.apply, "triton": _VoxelTriton.apply}
@@ -812,6 +815,9 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
 
 
 # ============================================================================================== python kernels.py: check, time, look inside
+OPERATIONS = ("march", "composite", "hash_encode", "voxel_interp, F = 28", "voxel_interp, F = 28, masked", "voxel_interp, F = 4")
+
+
 def _problem(name, dtype, device, rays):
     """One operation on made-up input (the same numbers in every dtype): function of a backend, its differentiable inputs, bytes each way."""
     random = torch.Generator().manual_seed(0)
@@ -837,6 +843,16 @@ def _problem(name, dtype, device, rays):
         t0, t1 = t.to(dtype), t.to(dtype) + 0.03
         wrt = (draw(N) ** 4 * 100).requires_grad_(), draw(N, 3).requires_grad_()
         return lambda backend: _pick(composite, composite_ref, backend)(*wrt, t0, t1, offsets), wrt, 8 * size * N, 12 * size * N
+    if name.startswith("voxel_interp"):                     # in a shell a tenth of the lattice wide, so that some corners are missing
+        F, N = int(re.search(r"F = (\d+)", name)[1]), 20 * rays
+        ticks = torch.linspace(-1, 1, 128)
+        shell = ((torch.cartesian_prod(ticks, ticks, ticks).norm(dim=1) - 0.5).abs() < 0.1).view(128, 128, 128)
+        links = torch.where(shell, shell.view(-1).cumsum(0).view(shell.shape) - 1, -1).int().to(device)
+        x = ((nnf.normalize(draw(N, 3).float() - 0.5, dim=1) * (0.35 + 0.3 * draw(N, 1).float()) + 1) * 63.5).to(dtype)
+        M = int(shell.sum())
+        mask, wrt = (draw(M) < 0.05 if "masked" in name else None), ((draw(M, F) - 0.5).requires_grad_(),)
+        moved = (3 + F) * size * N
+        return lambda backend: (_pick(voxel_interp, voxel_interp_ref, backend)(x, links, *wrt, mask),), wrt, moved, moved
     levels = hash_levels(8, 16, 256, 16 if device == "cpu" else 19)
     wrt = draw(20 * rays, 3).requires_grad_(), (draw(levels.offsets[-1], 4) - 0.5).requires_grad_()
     moved = (3 + 32) * size * 20 * rays
@@ -902,7 +918,8 @@ def benchmark(rays, with_compile=True, seconds=1.0):
     header = {"device": name, "torch": torch.__version__, "triton": NO_TRITON or triton.__version__, "python": platform.python_version(),
               "date": time.strftime("%Y-%m-%d"), "rays": rays, "copy_gb_per_s": round(bandwidth / 1e9, 1)}
     rows = []
-    for name, backends in (("march", ["reference"]), ("composite", ["reference"]), ("hash_encode", ["reference", "torch"])):
+    for name in OPERATIONS:
+        backends = ["reference"] if name in ("march", "composite") else ["reference", "torch"]
         backends = backends + (["triton"] if device == "cuda" and not NO_TRITON else [])
         for backend in backends + (["compiled reference"] if with_compile and name != "march" else []):
             row = {"operation": name, "backend": backend}
@@ -917,7 +934,7 @@ def benchmark(rays, with_compile=True, seconds=1.0):
                 continue
             call, wrt, bytes_forward, bytes_backward = _problem(name, torch.float32, device, rays)
             if callable(run):
-                compiled = torch.compile({"composite": composite_ref, "hash_encode": hash_encode_ref}[name])
+                compiled = torch.compile({"composite": composite_ref, "hash_encode": hash_encode_ref}.get(name, voxel_interp_ref))
                 run = lambda reference: compiled            # noqa: E731  (compiled once, timed often)
             with torch.no_grad():
                 row["forward_ms"] = _seconds(lambda: call(run), device, seconds) * 1e3
@@ -943,8 +960,8 @@ def kernel_list():
             (f"hash_encode, {what}, F = {F}", kernel, {"F": F, "FP": F, "POINTS": POINTS, **levels}, {"enable_fp_fusion": True}) for F in (4, 2)
             for what, kernel, levels in (("forward", _hash_forward, {}), ("backward to table", _hash_backward_table, {}),
                                          ("backward to x", _hash_backward_x, {"L": 8}))] + [
-            (f"voxel_interp, {what}, F = {F}", kernel, {"F": F, "FP": triton.next_power_of_2(F), "POINTS": VOXEL_POINTS, **mask},
-             {"num_warps": VOXEL_WARPS, "enable_fp_fusion": True}) for F in (28, 4)
+            (f"voxel_interp, {what}, F = {F}", kernel, {**dict(zip(("F", "FP", "POINTS"), _voxel_sizes(F))), **mask},
+             {"enable_fp_fusion": True}) for F in (28, 4)
             for what, kernel, mask in (("forward", _voxel_forward, {}), ("backward to values", _voxel_backward, {"mask": None}),
                                        ("backward to values, masked", _voxel_backward, {}))]
 
@@ -988,7 +1005,8 @@ def _print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Check every operation against its float64 reference, then time it.")
-    parser.add_argument("--rays", type=int, default=65536 if torch.cuda.is_available() else 1024, help="rays; hash_encode takes 20 positions a ray")
+    parser.add_argument("--rays", type=int, default=65536 if torch.cuda.is_available() else 1024,
+                        help="rays; hash_encode and voxel_interp take 20 positions a ray")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each number")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
     parser.add_argument("--resources", action="store_true", help="compile the Triton kernels for sm_80, sm_90, sm_100; needs no GPU")
