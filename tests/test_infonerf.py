@@ -743,7 +743,7 @@ def test_ray_picture_keeps_its_scale_where_rays_miss_the_box():
 
 def test_check_opacity():
     alpha = torch.tensor([0.0, 1.0]).repeat(50)
-    for acc, known, word in ((torch.full((100,), 1e-5), None, "empty"), (torch.full((100,), 1e-5), alpha, "entropy-weight"), (torch.full((100,), 0.03), alpha, "nearly empty"),
+    for acc, known, word in ((torch.full((100,), 1e-5), None, "empty"), (torch.full((100,), 1e-5), alpha, "entropy-weight"), (torch.full((100,), 0.2), alpha, "emptying"),
                              (torch.full((100,), 0.999), alpha, "wall")):
         with pytest.raises(common.UserError, match=word) as error:
             inf.check_opacity(acc, known, 321)
@@ -753,6 +753,7 @@ def test_check_opacity():
     inf.check_opacity(torch.full((100,), 0.999), None, 1)
     inf.check_opacity(torch.full((100,), 0.999), torch.ones(100), 1)                               # the pictures are full
     inf.check_opacity(torch.full((100,), 0.03), torch.full((100,), 0.05), 1)                       # they are nearly empty
+    inf.check_opacity(torch.zeros(3), torch.tensor([0.0, 1.0, 1.0]), 1)                            # three rays say nothing
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -1192,7 +1193,7 @@ def assert_refused(outcome, *named):
         assert word in complaint, complaint
 
 
-@pytest.mark.parametrize("factor, word", [(1e-2, "nearly empty"), (1e-7, "nearly empty"), (1e4, "wall")])
+@pytest.mark.parametrize("factor, word", [(1e-2, "emptying"), (1e-7, "emptying"), (1e4, "wall")])
 def test_a_collapse_is_named_and_the_checkpoint_kept(tiny, tmp_path, monkeypatch, capsys, factor, word):
     real_forward, steps = inf.HashField.forward, []
 
