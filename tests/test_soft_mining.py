@@ -1252,14 +1252,14 @@ def test_help_names_every_flag():
 def test_real_lego_learns_in_a_hundred_steps(tmp_path):
     data = real("nerf_synthetic/lego")
     result = sm.train(replace(Args(), scene="lego", data=data, size=50, steps=100, rays=512, levels=6, log2_table=14, finest=128, march_steps=128, grid=32,
-                              eval_every=50, eval_views=3, out=str(tmp_path / "run")))
+                              eval_every=50, eval_views=3, lr_warmup=10, out=str(tmp_path / "run")))
     assert result["data"] == "blender" and result["psnr"] > 19.5, result["psnr"]
 
 
 def test_real_fern_trains_and_renders(tmp_path):
     data = real("nerf_llff_data/fern")
     result = sm.train(replace(Args(), scene="fern", data=data, size=63, steps=20, rays=256, levels=4, log2_table=12, finest=64, march_steps=96, grid=32,
-                              eval_every=10, eval_views=1, out=str(tmp_path / "run")))
+                              eval_every=10, eval_views=1, lr_warmup=1, out=str(tmp_path / "run")))
     assert result["data"] == "llff" and result["psnr"] > 10, result["psnr"]
     strip = iio.imread(tmp_path / "run/test_000.png") / 255
     assert strip.shape == (47, 4 * 63, 3) and strip[:, 63:126].std() > 0.02
