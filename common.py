@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Callable
+from typing import Callable
 
 import imageio.v3 as iio
 import numpy as np
