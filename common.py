@@ -207,10 +207,15 @@ class Scene:
     ndc: bool
 
 
+def K_of(views: Views, view) -> Tensor:
+    """Intrinsics of view(s), an index or a tensor of them: (3, 3), also where all views share one matrix, or (..., 3, 3)."""
+    return views.K if views.K.dim() == 2 else views.K[view]
+
+
 def view_rays(views: Views, v: int, ndc: bool) -> tuple[Tensor, Tensor]:
     """All rays of view v, row by row: rays_o, rays_d (H*W, 3), in NDC where `ndc` is set."""
     H, W = views.images.shape[1:3]
-    K = views.K if views.K.dim() == 2 else views.K[v]
+    K = K_of(views, v)
     xy = pixel_grid(H, W, views.c2w.device)
     rays_o, rays_d = pixel_rays(xy, K, views.c2w[v].expand(len(xy), 3, 4))
     return ndc_rays(rays_o, rays_d, K, H, W) if ndc else (rays_o, rays_d)
@@ -240,7 +245,7 @@ def join_views(a: Views, b: Views) -> Views:
 def pick_views(views: Views, ids: list[int]) -> Views:
     """The views with these indices, in this order; [] gives a Views without any."""
     pick = lambda x: None if x is None else x[ids]
-    return Views(pick(views.images), pick(views.c2w), views.K if views.K.dim() == 2 else views.K[ids], pick(views.alpha), pick(views.depth),
+    return Views(pick(views.images), pick(views.c2w), K_of(views, ids), pick(views.alpha), pick(views.depth),
                  [views.names[i] for i in ids], pick(views.mask))
 
 
@@ -1379,10 +1384,10 @@ def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
 
 
 def compare(runs: list[Path], more: list[str] = ()) -> str:
-    """The table of `python common.py compare`, one row a run or a group of seeds: the end; `more` numbers of summary.json; PSNR
-    at the largest step that all runs evaluated; PSNR at the largest training time that all reached, linear between evaluations; and the cost of the FIRST
-    row's final PSNR as a share of that row's whole cost ("0.60 (2 of 3)": the mean over the runs that got there).
-    A group shows mean ± sample standard deviation where its runs differ; "-" where a run does not say."""
+    """The table of `python common.py compare`, one row a run or a group of seeds: the end; `more` numbers of summary.json;
+    PSNR at the largest step that all runs evaluated; PSNR at the largest training time that all reached, linear between evaluations;
+    and the cost of the FIRST row's final PSNR as a share of that row's whole cost ("0.60 (2 of 3)": the mean over the runs that got
+    there). A group shows mean ± sample standard deviation where its runs differ; "-" where a run does not say."""
     groups = read_runs(runs)
     first = [curve for _, curve in next(iter(groups.values()))]
     curves = [curve for group in groups.values() for _, curve in group]
@@ -1415,12 +1420,12 @@ def compare(runs: list[Path], more: list[str] = ()) -> str:
               f"share of steps to {to}", f"share of train s to {to}"]]
     table.append(["---"] * 5 + ["---:"] * (9 + len(more)))
     for label, group in groups.items():
-        keys = {"method": 0, "scene": 0, "data": 0, "size": 0, "steps": 0, "train_seconds": 1, "peak_memory_mb": 0, "psnr": 2, "ssim": 4,
-                **{key: 3 for key in more}}
+        keys = dict(method=0, scene=0, data=0, size=0, steps=0, train_seconds=1, peak_memory_mb=0, psnr=2, ssim=4)
+        columns = [*keys.items(), *((key, 3) for key in more)]                          # a key that is there already is shown again
         at_step = [next((line["psnr"] for line in curve if line["step"] == step), None) for _, curve in group]
         at_time = [None if seconds is None else np.interp(seconds, [line["train_seconds"] for line in curve], [line["psnr"] for line in curve])
                    for _, curve in group]
-        table.append([label, *(cell([summary.get(key) for summary, _ in group], digits) for key, digits in keys.items()),
+        table.append([label, *(cell([summary.get(key) for summary, _ in group], digits) for key, digits in columns),
                       cell(at_step, 2), cell(at_time, 2), share(group, "step"), share(group, "train_seconds")])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 

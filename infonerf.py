@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli, colour_map,
+from common import (K_of, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli, colour_map,
                     join_views, load_scene, ndc_rays, peak_memory_mb, pick_views, pixel_grid, pixel_rays, psnr, random_state, save_png,
                     save_video, set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable)
 from kernels import composite, hash_encode, hash_levels
@@ -317,11 +317,6 @@ def near_rays(rays_o: Tensor, rays_d: Tensor, degrees: float) -> tuple[Tensor, T
          @ matrix((c[2], -s[2], zero), (s[2], c[2], zero), (zero, zero, one)))
     turn = lambda v: (R @ v[:, :, None])[:, :, 0]
     return turn(rays_o), turn(rays_d)
-
-
-def K_of(views: Views, view) -> Tensor:
-    """Intrinsics of view(s): one matrix (3, 3) where all share it."""
-    return views.K if views.K.dim() == 2 else views.K[view]
 
 
 def camera_rays(xy: Tensor, K: Tensor, c2w: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:

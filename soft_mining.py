@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli,
+from common import (K_of, OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli,
                     colour_map, load_scene, ndc_rays, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video,
                     set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable, view_rays)
 from kernels import composite, hash_encode, hash_levels, march
@@ -461,7 +461,7 @@ def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor
 
 def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
     """Rays of pixels xy (N, 2) in pictures view (N,) -> rays_o, rays_d (N, 3); differentiable in xy."""
-    K = views.K if views.K.dim() == 2 else views.K[view]
+    K = K_of(views, view)
     rays_o, rays_d = pixel_rays(xy, K, views.c2w[view])
     return ndc_rays(rays_o, rays_d, K, *views.images.shape[1:3]) if ndc else (rays_o, rays_d)
 

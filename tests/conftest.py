@@ -1,4 +1,23 @@
 """Tiny tensors gain nothing from threads, and idle OpenMP threads spin: one thread here and in the processes that tests start."""
+import json
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """bricks at 24 px as files: 20 training views, 2 test views. Loads in a moment, and is what a student's own scene would be."""
+    import common                              # after the line above
+    folder = tmp_path_factory.mktemp("scenes") / "tiny"
+    common.Bricks(folder, 24)()
+    for split, n in (("train", 20), ("val", 2), ("test", 2)):
+        path = folder / f"transforms_{split}.json"
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps({**meta, "frames": meta["frames"][:n]}))
+    return folder

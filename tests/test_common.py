@@ -869,6 +869,8 @@ def test_compare(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "common.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=True)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[0][10:12] == ["entropy_bits", "table"] and [row[10:12] for row in rows[2:]] == [["-", "-"], ["1.250", "-"]]
+    again = common.compare([tmp_path / "c"], ["psnr"]).splitlines()                    # a key that is a column already
+    assert len({line.count("|") for line in again}) == 1 and again[0].count("psnr") == 1
     assert len({len(row) for row in rows}) == 1 and iio.imread(tmp_path / "r.png").shape == (7, 9, 3)       # not wide: side by side
 
 

@@ -41,18 +41,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """bricks at 24 px as files: 20 training views, 2 test views. Loads in a moment, and is what a student's own scene would be."""
-    folder = tmp_path_factory.mktemp("scenes") / "tiny"
-    common.Bricks(folder, 24)()
-    for split, n in (("train", 20), ("val", 2), ("test", 2)):
-        path = folder / f"transforms_{split}.json"
-        meta = json.loads(path.read_text())
-        path.write_text(json.dumps({**meta, "frames": meta["frames"][:n]}))
-    return folder
-
-
 def real(name):
     data = os.environ.get("NERF_DATA")
     if not data:
