@@ -2,7 +2,8 @@
 
 Read it once, top to bottom:
     errors and command line | rays | pictures read from disk | Blender scenes | LLFF scenes | DTU scenes |
-    the built-in scene | scene look-up | occupancy grid | spherical harmonics | metrics | camera paths and pictures | run folder | commands
+    the built-in scene | scene look-up | video scenes | the built-in video | occupancy grid | spherical harmonics | metrics |
+    camera paths and pictures | run folder | commands
 
 Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the camera looks along -z. `K` (3, 3) speaks of
 pixels of the images that were really loaded; the centre of the pixel in row i, column j is x = j + 0.5, y = i + 0.5. Ray
@@ -33,6 +34,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Callable
@@ -275,6 +277,15 @@ def area_weights(n_in: int, n_out: int) -> np.ndarray:
     return (overlap.clip(0) * (n_out / n_in)).astype(np.float32)
 
 
+def area_average(image: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(H, W, C) -> (h, w, C) with down = area_weights(H, h), right = area_weights(W, w)."""
+    (h, H), (w, W), C = down.shape, right.shape, image.shape[2]
+    if H % h == 0 and W % w == 0:
+        return image.reshape(h, H // h, W * C).mean(1).reshape(h, w, W // w, C).mean(2)    # whole blocks: the same, sooner
+    image = (down @ image.reshape(H, W * C)).reshape(h, W, C)           # rows first: the large product is contiguous
+    return right @ image                                                # (w, W) @ (h, W, C) -> (h, w, C)
+
+
 def fit_size(H: int, W: int, size: int | None, where) -> tuple[int, int]:
     """(h, w) whose longer side is `size` (None: unchanged). UserError if that would enlarge the picture."""
     if size is None:
@@ -325,12 +336,7 @@ def read_images(paths: list[Path], size: int | None, bg: Tensor) -> tuple[Tensor
         has_alpha = image.shape[2] == 4
         if has_alpha:
             image[..., :3] *= image[..., 3:]
-        C = image.shape[2]
-        if H % h == 0 and W % w == 0:
-            image = image.reshape(h, H // h, W * C).mean(1).reshape(h, w, W // w, C).mean(2)   # whole blocks: the same, sooner
-        else:
-            image = (down @ image.reshape(H, W * C)).reshape(h, W, C)   # rows first: the large product is contiguous
-            image = right @ image                                       # (w, W) @ (h, W, C) -> (h, w, C)
+        image = area_average(image, down, right)
         images[v] = image[..., :3]
         if has_alpha:
             alphas[v] = image[..., 3].clip(0, 1)
@@ -409,17 +415,7 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]
     Folder: the smallest whose longer side reaches `size`, then averaged down to it; with size None images_8, else the
     smallest there is. The full-size images/ may be missing.
     """
-    path = folder / "poses_bounds.npy"
-    try:
-        rows = np.load(path).astype(np.float64)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable array ({error}): copy or download it again") from None
-    if rows.ndim != 2 or rows.shape[1] != 17 or len(rows) == 0 or not np.isfinite(rows).all():
-        raise UserError(f"{path}: expected (N, 17) finite numbers, found {rows.shape}: run COLMAP/LLFF's imgs2poses again")
-    matrix, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
-    if bounds.min() <= 0 or matrix[:, :, 4].min() <= 0:
-        raise UserError(f"{path}: depths, image sizes and focal lengths must be positive: run COLMAP/LLFF's imgs2poses again")
-
+    c2w, hwf = llff_poses(folder / "poses_bounds.npy")
     choices = []                                                        # (longer side, folder name, files)
     for sub in [folder / "images", *sorted(folder.glob("images_*"))]:
         files = sorted(f for f in sub.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -430,21 +426,32 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]
     choices.sort(key=lambda c: c[0])
     default = next((c for c in choices if c[1] == "images_8"), choices[0])
     _, name, files = default if size is None else next((c for c in choices if c[0] >= size), choices[-1])
-    if len(files) != len(rows):
-        raise UserError(f"{folder / name}: {len(files)} images, but poses_bounds.npy has {len(rows)} poses: they must match one to one")
+    if len(files) != len(c2w):
+        raise UserError(f"{folder / name}: {len(files)} images, but poses_bounds.npy has {len(c2w)} poses: they must match one to one")
     images, alpha, _ = read_images(files, size, bg)
-
-    H, W, focal = matrix[0, :, 4]
-    h, w = images.shape[1:3]
+    (H, W, focal), (h, w) = hwf[0], images.shape[1:3]
     K = _intrinsics(focal * w / W, focal * h / H, w / 2, h / 2)
+    return hold_out(Views(images, c2w, K, alpha, None, [f"{name}/{file.name}" for file in files]), folder)
+
+
+def llff_poses(path: Path) -> tuple[Tensor, np.ndarray]:
+    """Cameras of a poses_bounds.npy: c2w (N, 3, 4), scaled and moved as load_llff says; H, W, focal (N, 3) of the full-size pictures."""
+    try:
+        rows = np.load(path).astype(np.float64)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable array ({error}): copy or download it again") from None
+    if rows.ndim != 2 or rows.shape[1] != 17 or len(rows) == 0 or not np.isfinite(rows).all():
+        raise UserError(f"{path}: expected (N, 17) finite numbers, found {rows.shape}: run COLMAP/LLFF's imgs2poses again")
+    matrix, bounds = rows[:, :15].reshape(-1, 3, 5), rows[:, 15:]
+    if bounds.min() <= 0 or matrix[:, :, 4].min() <= 0:
+        raise UserError(f"{path}: depths, image sizes and focal lengths must be positive: run COLMAP/LLFF's imgs2poses again")
     right, up, back, position = matrix[:, :, 1], -matrix[:, :, 0], matrix[:, :, 2], matrix[:, :, 3]
     position = position / (bounds.min() * 0.75)
     mean = np.eye(4)
     mean[:3] = look_at(position.mean(0), position.mean(0) - back.sum(0), up.sum(0))
     c2w = np.tile(np.eye(4), (len(rows), 1, 1))
     c2w[:, :3] = np.stack([right, up, back, position], -1)
-    c2w = torch.tensor((np.linalg.inv(mean) @ c2w)[:, :3], dtype=torch.float32)
-    return hold_out(Views(images, c2w, K, alpha, None, [f"{name}/{file.name}" for file in files]), folder)
+    return torch.tensor((np.linalg.inv(mean) @ c2w)[:, :3], dtype=torch.float32), matrix[:, :, 4]
 
 
 def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
@@ -927,16 +934,333 @@ def find_scene(name: str, data: Path) -> Path | None:
         if not any(folder.glob("transforms_*.json")) and not any((folder / file).is_file() for file in ("poses_bounds.npy", "cameras.npz")):
             raise UserError(f"{folder}: no transforms_train.json, poses_bounds.npy or cameras.npz in it: not a scene, or an incomplete one")
         return folder
+    if name in BUILTIN_VIDEOS or any(name in names for names in VIDEO_SCENES.values()):
+        raise UserError(f"scene {name!r} is a video: pictures are wanted here, give another scene, or take a method for videos")
     if name in BLENDER_SCENES + LLFF_SCENES:
         how = f"python common.py download {name}" if name in BLENDER_SCENES else f"put it at {data / 'nerf_llff_data' / name}"
-        rule = "!" * 100
-        print(f"{rule}\n!!  Scene '{name}' is not under {data}: USING THE BUILT-IN SCENE 'bricks' INSTEAD.\n"
-              f"!!  Numbers from this run are not numbers for {name}.  For the real one:  {how}\n{rule}", file=sys.stderr, flush=True)
-        return None
+        return _say_instead(name, data, "bricks", how)
     found = {f.parent.name for pattern in ("transforms_train.json", "poses_bounds.npy", "cameras.npz") for depth in ("*", "*/*")
              for f in data.glob(f"{depth}/{pattern}")}
     raise UserError(f"scene {name!r} not found: no such folder, and under {data} there is {', '.join(sorted(found)) or 'no scene'}; "
                     f"built in: {', '.join(BUILTIN_SCENES)}; give a path, --data, or one of these names")
+
+
+def _say_instead(name: str, data: Path, builtin: str, how: str) -> None:
+    rule = "!" * 100
+    print(f"{rule}\n!!  Scene '{name}' is not under {data}: USING THE BUILT-IN SCENE '{builtin}' INSTEAD.\n"
+          f"!!  Numbers from this run are not numbers for {name}.  For the real one:  {how}\n{rule}", file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- video scenes
+
+VIDEO_SCENES = {"n3dv": ("coffee_martini", "cook_spinach", "cut_roasted_beef", "flame_salmon_1", "flame_steak", "sear_steak"),
+                "meetroom": ("discussion", "trimming", "vrheadset"),
+                "panoptic_sports": ("basketball", "boxes", "football", "juggle", "softball", "tennis")}
+BUILTIN_VIDEOS = ("stage",)
+
+
+@dataclass
+class Video:
+    """A scene filmed by synchronised cameras that stand still. Pictures are read one frame at a time, never all."""
+    name: str
+    kind: str               # "n3dv" | "panoptic" | "builtin"
+    frames: int             # how many there are (at most the number asked for)
+    fps: float
+    c2w: Tensor             # (V, 3, 4) of all cameras, OpenGL axes
+    K: Tensor               # (V, 3, 3), for the loaded size
+    H: int                  # loaded size
+    W: int
+    names: list[str]        # cameras
+    train: list[int]        # camera indices
+    test: list[int]
+    aabb: Tensor            # (2, 3) the box in which a field has to live
+    near: float             # rays start and end here; metric (in NDC where ndc is set)
+    far: float
+    bg: Tensor              # (3,)
+    ndc: bool
+    read: Callable[[int], Views]    # frame t -> Views of ALL cameras, in order; alpha, depth, mask only for the built-in one
+
+
+def load_video(name: str, data: str | Path, size: int | None = None, frames: int | None = None, bg="grey") -> Video:
+    """Find a video scene and read its cameras; video.read(t) reads pictures.
+
+    name: "stage" (built in), a path, or a name under `data`, data/n3dv, data/meetroom or data/panoptic_sports. What it is, its files
+    tell: train_meta.json = CMU Panoptic, camNN.mp4 or cam_N.mp4 = N3DV and Meet Room. A well-known scene that is not on disk is replaced
+    by "stage", loudly: look at video.kind == "builtin". size: longer image side in pixels, None = as on disk. frames: the first so many,
+    None = all.
+    """
+    bg = background(bg)
+    if frames is not None and frames < 1:
+        raise UserError(f"--frames {frames} must be at least 1")
+    folder = None if name in BUILTIN_VIDEOS else find_video(name, Path(data))
+    if folder is None:
+        return load_stage(size, frames, bg)
+    return (load_panoptic if is_panoptic(folder) else load_n3dv)(folder, size, frames, bg)
+
+
+def find_video(name: str, data: Path) -> Path | None:
+    """The folder of a video scene; None = a well-known one that is not here (said on stderr); UserError if unknown or no video."""
+    places = [Path(name), data / name, *(data / sub / name for sub in VIDEO_SCENES)] if name else []
+    folder = next((p for p in places if p.is_dir()), None)
+    if folder is not None:
+        if not is_panoptic(folder) and not camera_files(folder):
+            raise UserError(f"{folder}: no camNN.mp4 (with poses_bounds.npy) or train_meta.json in it: not a video, or an incomplete one")
+        return folder
+    sub = next((sub for sub, names in VIDEO_SCENES.items() if name in names), None)
+    if sub:
+        return _say_instead(name, data, "stage", f"put it at {data / sub / name}")
+    found = {p.name for depth in ("*", "*/*") for p in data.glob(depth) if p.is_dir() and (is_panoptic(p) or camera_files(p))}
+    raise UserError(f"video {name!r} not found: no such folder, and under {data} there is {', '.join(sorted(found)) or 'no video'}; "
+                    f"built in: {', '.join(BUILTIN_VIDEOS)}; give a path, --data, or one of these names")
+
+
+def is_panoptic(folder: Path) -> bool:
+    """Whether it holds train_meta.json or test_meta.json (a missing one is named later)."""
+    return any((folder / f"{split}_meta.json").is_file() for split in ("train", "test"))
+
+
+def camera_files(folder: Path) -> list[Path]:
+    """Its videos camNN.mp4 or cam_N.mp4, by number."""
+    numbered = [(int(found[1]), f) for f in folder.glob("*.mp4") if (found := re.fullmatch(r"cam_?(\d+)\.mp4", f.name))]
+    return [f for _, f in sorted(numbered)]
+
+
+def load_n3dv(folder: Path, size: int | None, frames: int | None, bg: Tensor) -> Video:
+    """Neural 3D Video and Meet Room: a film per camera, camNN.mp4 or cam_N.mp4, and poses_bounds.npy with a row each, in the order of the
+    numbers. Forward-facing, hence NDC, as in load_llff; each camera has its own focal length. The first camera is held out.
+
+    One ffmpeg per camera stays open while frames are asked for in order; going back starts them again. The last frame read is kept.
+    """
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe, read_frames
+        ffmpeg = get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise UserError(f'{folder}: reading videos needs ffmpeg: pip install "imageio[ffmpeg]"') from None
+    files = camera_files(folder)
+    c2w, hwf = llff_poses(folder / "poses_bounds.npy")
+    V, again = len(files), "copy or download it again"
+    if V != len(c2w):
+        raise UserError(f"{folder}: {V} videos camNN.mp4, but poses_bounds.npy has {len(c2w)} rows: they must match one to one")
+    if V < 2:
+        raise UserError(f"{folder}: one camera only: the first is held out, nothing is left to train on")
+    counts, names = [], [file.stem for file in files]
+    aabb = torch.tensor([[-1.5, -1.5, -1.0], [1.5, 1.5, 1.0]])          # as load_scene's for LLFF
+
+    def start(file):                            # -> a generator of a film's frames as bytes, and what its header says
+        stream = read_frames(str(file), input_params=["-threads", "1"])
+        try:
+            return stream, next(stream)
+        except Exception:                       # whatever may happen while it looks for numbers in ffmpeg's messages
+            raise UserError(f"{file}: not a readable video: {again}") from None
+
+    for file in files:                          # packets are counted, nothing is decoded
+        out = subprocess.run([ffmpeg, "-i", str(file), "-map", "0:v:0", "-c", "copy", "-f", "null", "-"], stdin=subprocess.DEVNULL,
+                             capture_output=True, text=True, errors="replace")
+        counts.append(int((re.findall(r"frame=\s*(\d+)", out.stderr) or [0])[-1]))
+        if out.returncode or not counts[-1]:
+            raise UserError(f"{file}: not a readable video: {again}")
+    count = min(counts)
+    if count < max(counts):
+        print(f"note: {folder}: videos have {count} to {max(counts)} frames: the first {count} are used", file=sys.stderr, flush=True)
+    count = min(count, frames or count)
+    streams, metas = zip(*(start(file) for file in files))
+    at, (W, H) = 0, metas[0]["size"]            # the frame that comes next, in all streams
+    for file, meta in zip(files, metas):
+        if meta["size"] != (W, H):
+            raise UserError(f"{file}: {meta['size'][0]}x{meta['size'][1]} px, but {files[0].name} has {W}x{H}: all cameras must agree")
+    h, w = fit_size(H, W, size, files[0])
+    down, right = area_weights(H, h), area_weights(W, w)
+    K = torch.stack([_intrinsics(f * w / W0, f * h / H0, w / 2, h / 2) for H0, W0, f in hwf])
+
+    @lru_cache(maxsize=1)
+    def read(t):
+        nonlocal streams, at
+        _check_frame(folder, t, count)
+        if not streams or t < at:
+            streams = ()                        # a stream that is let go closes its ffmpeg
+            streams, at = [start(file)[0] for file in files], 0
+
+        def advance(v):
+            try:
+                for _ in range(at, t):
+                    next(streams[v])
+                pixels = np.frombuffer(next(streams[v]), np.uint8).reshape(H, W, 3)
+            except (OSError, RuntimeError, StopIteration, ValueError):
+                raise UserError(f"{files[v]}: broken at or before frame {t}: {again}") from None
+            return torch.from_numpy(area_average(pixels / np.float32(255), down, right).clip(0, 1))
+
+        try:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                images = torch.stack(list(pool.map(advance, range(V))))
+            at = t + 1
+        except BaseException:                   # Ctrl-C too: some cameras may be a frame ahead of others
+            streams = ()
+            raise
+        if at == count:
+            streams = ()
+        return Views(images, c2w, K, None, None, names)
+
+    return Video(folder.resolve().name, "n3dv", count, float(metas[0]["fps"] or 30), c2w, K, h, w, names, list(range(1, V)), [0], aabb, 0.0,
+                 float((aabb[1] - aabb[0]).norm()), bg, True, read)
+
+
+def load_panoptic(folder: Path, size: int | None, frames: int | None, bg: Tensor) -> Video:
+    """CMU Panoptic in the layout of Dynamic 3D Gaussians: ims/CAM/FRAME.jpg, train_meta.json and test_meta.json.
+
+    These hold w, h, and for each frame and camera fn (the file under ims/), cam_id, k (3, 3) and w2c (4, 4); OpenCV axes. Its world is in
+    metres, y down, y = 0 the floor. All cameras look inwards from the wall of a dome, a sphere of radius 2.75 about (0, -1.355, 0), and see
+    the wall behind the players, so the box holds the whole dome: ours is (x, z, -y - 2.1) / 3, z up, in [-1, 1]^2 x [-0.75, 0.75], which is
+    6 m x 6 m, from 0.15 m below the floor to 4.35 m above it. What is seen through the open door lies outside. Rays start 0.3 m ahead.
+    """
+    again, parts = "copy or download it again", []
+    for split in ("train", "test"):
+        path = folder / f"{split}_meta.json"
+        try:
+            meta = json.loads(path.read_text())
+            k, w2c = (np.asarray(meta[key], np.float64) for key in ("k", "w2c"))
+            fn, ids, (w0, h0) = np.asarray(meta["fn"], str), np.asarray(meta["cam_id"], str), (float(meta["w"]), float(meta["h"]))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): {again}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a usable meta file ({type(error).__name__}: {error}): {again}") from None
+        T, V = fn.shape if fn.ndim == 2 else (0, 0)
+        if min(T, V) < 1 or ids.shape != (T, V) or k.shape != (T, V, 3, 3) or w2c.shape != (T, V, 4, 4):
+            raise UserError(f"{path}: fn {fn.shape}, cam_id {ids.shape}, k {k.shape}, w2c {w2c.shape}: must be one a frame and camera")
+        if not (np.isfinite(k).all() and np.isfinite(w2c).all() and min(w0, h0, k[..., 0, 0].min(), k[..., 1, 1].min()) > 0):
+            raise UserError(f"{path}: k and w2c must be finite numbers, and w, h and focal lengths positive: {again}")
+        if not (np.allclose(w2c, w2c[:1], atol=1e-6) and np.allclose(k, k[:1], atol=1e-3) and (ids == ids[:1]).all()):
+            raise UserError(f"{path}: k, w2c or cam_id change between frames, but cameras must stand still: give another scene")
+        if parts and len(parts[0][0]) != T:
+            raise UserError(f"{path}: {T} frames, but train_meta.json has {len(parts[0][0])}: {again}")
+        parts.append((fn, ids[0], k[0] * np.array([[1 / w0], [1 / h0], [1]]), w2c[0]))
+    fn, ids = np.concatenate([part[0] for part in parts], 1), np.concatenate([part[1] for part in parts])
+    k, w2c = np.concatenate([part[2] for part in parts]), np.concatenate([part[3] for part in parts])
+    count, n = min(len(fn), frames or len(fn)), len(parts[0][1])
+    files = [[folder / "ims" / name for name in row] for row in fn[:count]]
+    for file in (file for row in files for file in row):
+        if not file.is_file():
+            raise UserError(f"{file}: image not found: {again}, or ask for fewer frames")
+    R, first = w2c[:, :3, :3].mT, read_image(files[0][0])
+    if abs(R @ R.mT - np.eye(3)).max() > 1e-3:
+        raise UserError(f"{folder}: a w2c in it is not a rotation and a shift: {again}")
+    ours = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0.0]])                                          # (x, y, z) -> (x, z, -y)
+    position = (ours @ (-R @ w2c[:, :3, 3:]) - [[0], [0], [2.1]]) / 3
+    aabb = torch.tensor([[-1.0, -1.0, -0.75], [1.0, 1.0, 0.75]])
+    c2w = torch.tensor(np.concatenate([ours @ R * [1, -1, -1], position], -1), dtype=torch.float32)
+    if (c2w[:, :, 3].abs() > aabb[1]).any():
+        raise UserError(f"{folder}: cameras stand outside of the studio's dome: w2c must be in metres, with the floor at y = 0 and y down")
+    h, w = fit_size(*first.shape[:2], size, files[0][0])
+    K = torch.tensor(k * np.array([[w], [h], [1]]), dtype=torch.float32)
+
+    @lru_cache(maxsize=1)
+    def read(t):
+        _check_frame(folder, t, count)
+        return Views(read_images(files[t], size, bg)[0], c2w, K, None, None, ids.tolist())
+
+    return Video(folder.resolve().name, "panoptic", count, 30.0, c2w, K, h, w, ids.tolist(), list(range(n)), list(range(n, len(ids))), aabb,
+                 0.1, float((aabb[1] - aabb[0]).norm()), bg, False, read)
+
+
+def free_path(c2w: Tensor, ndc: bool, n: int) -> Tensor:
+    """A closed path (n, 3, 4) among cameras (V, 3, 4): an orbit at their mean height and 0.8 of their distance where they stand all around,
+    else an ellipse about the mean one. It looks at the point nearest to all cameras' axes (in NDC, where axes hardly meet, 4 ahead)."""
+    c2w, turn = c2w.cpu().double().numpy(), 2 * np.pi * np.arange(n)[:, None] / n
+    position, up = c2w[:, :, 3], np.array((0, 1, 0) if ndc else (0, 0, 1))
+    off = np.eye(3) - c2w[:, :, 2:3] * c2w[:, None, :, 2]               # (V, 3, 3): what of a vector is not along the axis
+    focus = np.array((0, 0, -4)) if ndc else np.linalg.solve(off.sum(0), (off @ position[..., None]).sum(0))[:, 0]
+    middle = position.mean(0)
+    ground = (position - focus)[:, :2]
+    distance = np.linalg.norm(ground, axis=1, keepdims=True)
+    if np.linalg.norm((ground / distance).mean(0)) < 0.5:               # all around
+        radius = 0.8 * distance.mean()
+        path = np.array([*focus[:2], middle[2]]) + radius * (np.cos(turn) * (1, 0, 0) + np.sin(turn) * (0, 1, 0))
+    else:
+        side, lift = look_at(middle, focus, up)[:, :2].T
+        reach = [0.7 * np.quantile(abs((position - middle) @ axis), 0.9) for axis in (side, lift)]
+        path = middle + reach[0] * np.cos(turn) * side + reach[1] * np.sin(turn) * lift
+    return torch.tensor(np.stack([look_at(p, focus, up) for p in path]), dtype=torch.float32)
+
+
+def _check_frame(where, t: int, count: int) -> None:
+    if not 0 <= t < count:
+        raise UserError(f"{where}: frame {t} does not exist: it has frames 0 to {count - 1}")
+
+
+# --------------------------------------------------------------------------------- the built-in video: a room, filmed
+
+STAGE_APPEARS, STAGE_FLICKER = 5, 3             # from this frame on the cube is there; the panel changes colour every so many frames
+STAGE_THINGS = ("static", "ball", "turning", "appearing", "flicker")
+
+
+def stage(t: int) -> dict[str, list[Primitive]]:
+    """What stands in the room at frame t, within [-0.96, 0.96]^3, z upwards, open towards -y: "static", and four things that change.
+
+    "ball": rolls round the plinth, 0.04 a frame. "turning": the crate on the plinth, 6 degrees a frame. "appearing": a cube in the air,
+    at rest, from frame STAGE_APPEARS on. "flicker": a panel on the back wall, amber or blue for STAGE_FLICKER frames each; its shape stays.
+    """
+    cream, wood, teal, slate = (0.93, 0.87, 0.76), (0.62, 0.38, 0.22), (0.56, 0.80, 0.82), (0.36, 0.60, 0.68)
+    red, yellow, green, white, plum = (0.88, 0.16, 0.12), (0.97, 0.78, 0.16), (0.30, 0.66, 0.30), (0.94, 0.94, 0.92), (0.58, 0.36, 0.64)
+    static = [Primitive("box", (0, 0, -0.92), (0.96, 0.96, 0.04), cream, None, "checker", wood, 0.24),              # floor
+              Primitive("box", (0, 0.92, 0.04), (0.96, 0.04, 0.92), teal, None, "stripes", slate, 0.16)]            # back wall
+    static += [Primitive("box", (x, 0.48, -0.14), (0.04, 0.40, 0.74), plum, None, "checker", cream, 0.185) for x in (-0.92, 0.92)]   # wings
+    static += [Primitive("box", (-0.66, 0.60, -0.66), (0.17, 0.17, 0.22), red, turned("z", 20), "checker", white, 0.11),
+               Primitive("box", (0.64, 0.60, -0.72), (0.18, 0.15, 0.16), green, turned("z", -25), "stripes", yellow, 0.09),
+               Primitive("box", (0.66, 0.60, -0.48), (0.10, 0.10, 0.08), white, turned("z", 15), "checker", slate, 0.08),
+               Primitive("cylinder", (0, 0, -0.68), (0.21, 0.21, 0.20), slate, None, "stripes", white, 0.11),       # plinth
+               Primitive("box", (0.34, 0.86, 0.42), (0.34, 0.03, 0.25), white)]                                      # frame of the panel
+    angle = math.radians(205) + t * 0.04 / 0.46
+    ball = Primitive("ball", (0.46 * math.cos(angle), 0.46 * math.sin(angle), -0.73), (0.15,) * 3, yellow,
+                     turned("z", math.degrees(angle)) @ turned("x", math.degrees(-t * 0.04 / 0.15)), "checker", red, 0.1)
+    crate = Primitive("box", (0, 0, -0.30), (0.17, 0.17, 0.18), white, turned("z", 6 * t), "checker", (0.10, 0.32, 0.68), 0.085)
+    cube = Primitive("box", (-0.42, 0.10, 0.28), (0.13,) * 3, (1.0, 0.52, 0.08), turned("z", 35), "checker", (0.72, 0.12, 0.40), 0.13)
+    panel = Primitive("box", (0.34, 0.82, 0.42), (0.28, 0.02, 0.19), ((1.0, 0.86, 0.36), (0.16, 0.26, 0.86))[t // STAGE_FLICKER % 2])
+    return {"static": static, "ball": [ball], "turning": [crate], "appearing": [cube] if t >= STAGE_APPEARS else [], "flicker": [panel]}
+
+
+def load_stage(size: int | None, frames: int | None, bg: Tensor) -> Video:
+    """The built-in video: 14 cameras on an arc before the room, of which 4 and 9 are held out. size None: 128 px; frames None: 20.
+
+    Frame t is the same whatever `frames` is. mask = what changes: 1 where the ray through the pixel's centre meets, at frame t or t - 1,
+    the ball, the turning crate, the cube that appears or the panel that flickers, and where the picture differs from the last one's by
+    more than 1e-4 (their shadows and edges). A frame is traced when it is asked for, and the one before it; the last two are kept.
+    """
+    size, frames = 128 if size is None else size, 20 if frames is None else frames
+    if size < 1:
+        raise UserError(f"--size {size} must be at least 1 pixel")
+    turn, lift = np.radians(np.linspace(-125, -55, 14)), np.radians(np.resize([8, 26], 14))
+    c2w = torch.tensor(np.stack([orbit_pose(a, e, 3.2, (0, 0.1, -0.18)) for a, e in zip(turn, lift)]), dtype=torch.float32)
+    K = _intrinsics(1.12 * size, 1.12 * size, size / 2, size / 2).repeat(14, 1, 1)
+    names, test, aabb = [f"cam{v:02d}" for v in range(14)], [4, 9], torch.tensor([[-1.0] * 3, [1.0] * 3])
+
+    @lru_cache(maxsize=2)
+    def trace(t):
+        images, alpha, depth = render_primitives(sum(stage(t).values(), []), c2w, K[0], size, size, bg)
+        return images, alpha, depth, stage_things(t, c2w, K[0], size, size) > 0
+
+    def read(t):
+        _check_frame("stage", t, frames)
+        before, _, _, changed = trace(max(t - 1, 0))                    # first, so that it is the one to be dropped next
+        images, alpha, depth, changes = trace(t)
+        mask = changes | changed | ((images - before).abs().amax(-1) > 1e-4)
+        return Views(images, c2w, K, alpha, depth, names, mask.float())
+
+    return Video("stage", "builtin", frames, 10.0, c2w, K, size, size, names, [v for v in range(14) if v not in test], test,
+                 aabb, 1.0, 5.0, bg, False, read)
+
+
+def stage_things(t: int, c2w: Tensor, K: Tensor, H: int, W: int) -> Tensor:
+    """What the rays through the pixels' centres meet first at frame t: (V, H, W), an index into STAGE_THINGS, -1 = nothing."""
+    room = stage(t)
+    thing = torch.tensor([i for i, name in enumerate(STAGE_THINGS) for _ in room[name]] + [-1])        # of primitive -1: nothing
+    xy = pixel_grid(H, W).repeat(len(c2w), 1)
+    rays_o, rays_d = pixel_rays(xy, K, c2w.repeat_interleave(H * W, 0))
+    _, index = first_hit(_Packed(sum(room.values(), [])), rays_o, rays_d, 16)
+    return thing[index].view(len(c2w), H, W)
+
+
+def stage_mask(video: Video, t: int, what: str) -> Tensor:
+    """(V, H, W) bool: the pixels of frame t whose centre shows `what`: "ball" | "turning" | "appearing" | "flicker"."""
+    return stage_things(t, video.c2w, video.K[0], video.H, video.W) == STAGE_THINGS.index(what)
 
 
 # ------------------------------------------------------------------------------------------------------- occupancy grid
