@@ -815,7 +815,8 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
 
 
 # ============================================================================================== python kernels.py: check, time, look inside
-OPERATIONS = ("march", "composite", "hash_encode", "voxel_interp, F = 28", "voxel_interp, F = 28, masked", "voxel_interp, F = 4")
+OPERATIONS = ("march", "composite", "hash_encode", "voxel_interp, F = 28", "voxel_interp, F = 28, 10 % of rows", "voxel_interp, F = 28, 1 % of rows",
+              "voxel_interp, F = 4")                        # % of rows: that many receive a gradient
 
 
 def _problem(name, dtype, device, rays):
@@ -850,7 +851,8 @@ def _problem(name, dtype, device, rays):
         links = torch.where(shell, shell.view(-1).cumsum(0).view(shell.shape) - 1, -1).int().to(device)
         x = ((nnf.normalize(draw(N, 3).float() - 0.5, dim=1) * (0.35 + 0.3 * draw(N, 1).float()) + 1) * 63.5).to(dtype)
         M = int(shell.sum())
-        mask, wrt = (draw(M) < 0.05 if "masked" in name else None), ((draw(M, F) - 0.5).requires_grad_(),)
+        share = re.search(r"(\d+) %", name)
+        mask, wrt = (draw(M) < float(share[1]) / 100 if share else None), ((draw(M, F) - 0.5).requires_grad_(),)
         moved = (3 + F) * size * N
         return lambda backend: (_pick(voxel_interp, voxel_interp_ref, backend)(x, links, *wrt, mask),), wrt, moved, moved
     levels = hash_levels(8, 16, 256, 16 if device == "cpu" else 19)

@@ -55,9 +55,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (Progress, Run, Stopwatch, UserError, Video, check_finite, check_flags, cli, colour_map, free_path, load_video, ndc_rays,
+from common import (STAGE_THINGS, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, free_path, load_video, ndc_rays,
                     peak_memory_mb, pixel_grid, pixel_rays, psnr, random_state, save_png, save_video, set_random_state, spherical_harmonics,
-                    spread, ssim, tensorboard, to_device)
+                    spread, ssim, stage_mask, tensorboard, to_device)
 from kernels import composite, march, voxel_interp
 
 
@@ -149,7 +149,7 @@ class Args:
     tune_lr_colour: tuple[float, float] = (0.1, 0.01)
     """The same of the coefficients."""
     damp: float = 1.0
-    """Damping of small gradients (list above, 7)."""
+    """Damping of small gradients after frame 0 (list above, 7)."""
     tv_density: float = 5e-4
     """Weight of total variation, density."""
     tv_colour: float = 5e-3
@@ -186,10 +186,10 @@ class Args:
 
 PRESETS = {
     "quick": Args(),
-    "paper": Args(preset="paper", scene="flame_salmon_1", size=1352, frames=300, lattice=(512, 512, 128), degree=2, halvings=2, steps=128_000,
-                  rays=5000, pilot_steps=750, tune_steps=500, tune_rays=20_000, lr_density=(30.0, 1.1), lr_colour=(1e-2, 2e-4),
-                  tune_lr_density=(1.0, 1.0), tune_lr_colour=(1e-2, 3e-3), tv_share=0.01, aim="all", hull=False, memory=1,
-                  keep_colour=1.0, pilot_keep_colour=0.5),
+    "paper": Args(preset="paper", scene="flame_salmon_1", size=1352, frames=300, lattice=(512, 512, 128), degree=2, halvings=2,
+                  steps=128_000, rays=5000, pilot_steps=750, tune_steps=500, tune_rays=20_000, lr_density=(30.0, 1.1),
+                  lr_colour=(1e-2, 2e-4), tune_lr_density=(1.0, 1.0), tune_lr_colour=(1e-2, 3e-3), tv_share=0.01, aim="all", hull=False,
+                  memory=1, keep_colour=1.0, pilot_keep_colour=0.5),
 }
 
 
@@ -271,7 +271,7 @@ def resample(grid: Grid, shape, threshold: float, ring: int) -> Grid:
 # `where` is what knows the box and the cameras: a Video, or the header of a stream.
 
 def cells_of(mask: Tensor) -> Tensor:
-    """Cells that touch a point of mask (X, Y, Z): (X+1, Y+1, Z+1) bool. Cell i lies between points i - 1 and i, the first and last stick out."""
+    """Cells that touch a point of mask (X, Y, Z): (X+1, Y+1, Z+1) bool. Cell i lies between points i - 1 and i."""
     return F.max_pool3d(mask[None, None].float(), 2, 1, 1)[0, 0] > 0
 
 
@@ -371,7 +371,8 @@ def training_rays(video, pixel: Tensor) -> tuple[Tensor, Tensor]:
     return rays_of(video, camera, torch.stack([pixel % video.W, pixel // video.W], 1) + 0.5)
 
 
-def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask: Optional[Tensor] = None, draw=None, span=(0.0, 1.0)) -> int:
+def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask: Optional[Tensor] = None, draw=None,
+         damp: float = 0.0, span=(0.0, 1.0)) -> int:
     """Optimiser steps on one frame; replaces grid.values. -> rays used.
 
     truth (P, 3): all training pixels. draw(n) -> pixels (n,); None: uniform. mask (M,) bool: the rows that may change. lr: first and last
@@ -379,7 +380,7 @@ def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask
     """
     draw = draw or (lambda n: torch.randint(len(truth), (n,), device=truth.device))
     values, columns = grid.values.requires_grad_(), grid.values.shape[1]
-    optimiser = LazyRMSProp(grid.values, args.damp)
+    optimiser = LazyRMSProp(grid.values, damp)
     weight = torch.tensor([args.tv_density] + [args.tv_colour] * (columns - 1), device=truth.device)
     place = active(grid).flatten().nonzero()[:, 0]                                                  # (M,) lattice points of the rows
     place = place if mask is None else place[mask]
@@ -505,11 +506,12 @@ def next_pilot(pilot: Grid, video, truth: Tensor, recent: Tensor, voxel: float, 
     """The half-resolution model follows the frame, all of its voxels free.  -> pilot, masks (changed, added, removed), rays used."""
     A = active(pilot)
     born = torch.zeros_like(A)
-    if args.birth and not args.as_released:
+    if args.birth:
         born = hull(video, unexplained(pilot, video, recent, dilate(hull(video, recent, A.shape)), args), A.shape) & ~dilate(A)
     new = restrict(pilot, dilate(A) | born)
     new.values[new.links[born].long(), 0] = args.birth
-    used = tune(new, video, truth, args.pilot_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, draw=draw)
+    used = tune(new, video, truth, args.pilot_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, draw=draw,
+                damp=args.damp)
     new = restrict(new, active(new) & dilate(solid(new, args.threshold)))
     new, keep = difference(pilot, new, voxel, args.pilot_keep_density, args.pilot_keep_colour, args)
     rows = pilot.links[active(new)]
@@ -524,10 +526,10 @@ def next_pilot(pilot: Grid, video, truth: Tensor, recent: Tensor, voxel: float, 
 def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: Tensor, args):
     """One frame from the one before; no later one is known.  -> grid, keep (M,), pilot, M (X, Y, Z), rays used.
 
-    truth (P, 3) its training pixels, recent (V, H, W) bool those that changed lately. Source: paper section 3, differences in the docstring.
+    truth (P, 3) its training pixels, recent (V, H, W) bool those that changed lately. Source: paper section 3; differences: top.
     """
     A = active(full)
-    shape, nowhere = A.shape, torch.zeros_like(A)
+    shape, nowhere = A.shape, torch.zeros_like(A)                                                   # (X, Y, Z)
     voxel = float(((video.aabb[1] - video.aabb[0]) / torch.tensor(shape, device=A.device)).prod()) ** (1 / 3)
     M, added, removed, used = ~nowhere, nowhere, nowhere, 0
     all_pixels, lately = torch.arange(len(truth), device=A.device), recent.flatten().nonzero()[:, 0]
@@ -540,24 +542,24 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
         pilot, (changed, added, removed), used = next_pilot(pilot, video, truth, recent, 2 * voxel, draw, args)
         S, added, removed = upsample(changed | removed, shape), upsample(added, shape), upsample(removed, shape)
         M = dilate(erode(upsample(changed, shape)), 2) & M if args.as_released else dilate(S) & (M | added)
-    if args.hull and not args.as_released:
+    if args.hull:
         M = M & dilate(hull(video, recent, shape), 2)
     # 3. room to grow; what appears starts as the pilot has it, what vanishes from nothing
-    reach = ~nowhere if args.as_released else M
-    grown = A | dilate(A, args.ring) & M
-    grown = grown if args.as_released or not args.seeding else grown | added & M
-    grid = restrict(full, grown)
-    if args.seeding and added.any():
-        seeds = grown & added & (reach if args.as_released else M & ~A)
+    near = A | dilate(A, args.ring) & M
+    seeds, cleared = (near & added, near & removed) if args.as_released else (added & M & ~A, A & removed & M)
+    grid = restrict(full, near | seeds if args.seeding else near)
+    if args.seeding and seeds.any():
         grid.values[grid.links[seeds].long()] = lookup(pilot, on_lattice(seeds, pilot.links.shape))
     if args.clearing:
-        grid.values[grid.links[grown & removed & reach].long()] = 0.0
+        grid.values[grid.links[cleared].long()] = 0.0
+    grown = active(grid)
     # 4. tuning
     mask = M[grown]
     pixels = all_pixels if args.aim == "all" else crossing(M & grown, video)
     if mask.any() and len(pixels):
         draw = drawing(lately, pixels, args.changed_share if args.aim == "changed" else 0.0)
-        used += tune(grid, video, truth, args.tune_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, mask, draw)
+        used += tune(grid, video, truth, args.tune_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, mask, draw,
+                     args.damp)
     # 5. what became empty goes, what hardly changed is put back (by the decoder)
     stay = grown & (dilate(solid(grid, args.threshold), args.ring) | A & ~M)
     grid, keep = difference(full, restrict(grid, stay), voxel, args.keep_density, args.keep_colour, args)
@@ -924,64 +926,63 @@ class StreamReader:
 
 # ---------------------------------------------------------------------------------------------------------------- evaluation
 
-def score(grid: Grid, video, views, args, pictures=None, allowed: Optional[Tensor] = None, stored: Optional[Tensor] = None) -> dict:
-    """A decoded frame on the held-out cameras: psnr [dB], ssim, their means over cameras; psnr_moving inside the true motion mask, if any.
+def score(grid: Grid, video, t: int, views, args, pictures=None, allowed: Optional[Tensor] = None, stored: Optional[Tensor] = None) -> dict:
+    """Decoded frame t on the held-out cameras: psnr [dB], ssim, their means over cameras; psnr_moving inside the true motion mask, if any,
+    and for the built-in stage psnr_THING where each thing that changes is seen (None: nowhere).
 
-    pictures: file for a strip of the first camera: truth | render | what was allowed to change | what was stored (red). allowed (X, Y, Z),
-    stored (M,) bool.
+    pictures: file for a strip of the first camera: truth | render | voxels that were allowed to change | voxels that were stored.
+    allowed (X, Y, Z), stored (M,) bool: red in proportion to their weight in a pixel.
     """
-    scores, moving = [], []
-    for i, camera in enumerate(video.test):
-        truth, out = views.images[camera], picture(grid, video, camera, args, allowed[active(grid)] if i == 0 and pictures else None)
-        scores.append([float(psnr(out["rgb"], truth)), float(ssim(out["rgb"], truth))])
-        if views.mask is not None:
-            moving.append((out["rgb"] - truth).square()[views.mask[camera] > 0].mean(-1))
-        if i == 0 and pictures:
-            red = lambda share: torch.lerp(0.6 * out["rgb"].mean(-1, keepdim=True) + 0.2, share.new_tensor([0.9, 0.1, 0.1]), share[..., None])
-            save_png(pictures, torch.cat([truth, out["rgb"], red(out["paint"]), red(picture(grid, video, camera, args, stored)["paint"])], 1))
+    scores, errors, grey = [], [], lambda x: 0.6 * x.mean(-1, keepdim=True) + 0.2
+    for camera in video.test:
+        truth, rgb = views.images[camera], picture(grid, video, camera, args)["rgb"]
+        scores.append([float(psnr(rgb, truth)), float(ssim(rgb, truth))])
+        errors.append((rgb - truth).square().mean(-1))
+        if pictures and camera == video.test[0]:
+            red = [torch.lerp(grey(rgb), rgb.new_tensor([0.9, 0.1, 0.1]), picture(grid, video, camera, args, rows)["paint"][..., None])
+                   for rows in (allowed[active(grid)], stored)]
+            save_png(pictures, torch.cat([truth, rgb, *red], 1))
     mean = torch.tensor(scores).mean(0).tolist()
-    errors = torch.cat(moving) if moving else torch.zeros(0)
-    return {"psnr": mean[0], "ssim": mean[1], "psnr_moving": float(-10 * errors.mean().log10()) if len(errors) else None}
+    masks = {} if views.mask is None else {"moving": views.mask > 0}
+    masks |= {thing: stage_mask(to_device(video, "cpu"), t, thing) for thing in STAGE_THINGS[1:]} if video.kind == "builtin" else {}
+    inside = {f"psnr_{name}": torch.stack(errors)[mask[video.test].to(video.c2w.device)] for name, mask in masks.items()}
+    return {"psnr": mean[0], "ssim": mean[1], "psnr_moving": None,
+            **{name: float(-10 * some.mean().log10()) if len(some) else None for name, some in inside.items()}}
 
 
 def play(args: Args, path, run: Run) -> dict:
-    """Decode a stream and film it: render.mp4; PSNR and SSIM with --score or --eval-only; -> what summary.json holds."""
+    """Decode a stream and film it: render.mp4; with --score or --eval-only PSNR and SSIM, too.  -> what summary.json holds."""
     reader = StreamReader(path)
-    where = to_device(reader.header, args.device)
-    video = None
+    if args.seek >= len(reader):
+        raise UserError(f"--seek {args.seek}: {path} has frames 0 to {len(reader) - 1}")
+    shown = range(args.seek, min(args.seek + args.frames, len(reader)) if args.play else len(reader))
+    where, video = to_device(reader.header, args.device), None
     if args.score or args.eval_only:
         video = to_device(load_video(args.scene, args.data, args.size, None, args.background), args.device)
         if (video.H, video.W, len(video.test)) != (where.H, where.W, where.held_out):
-            raise UserError(f"{path}: of {where.held_out} held-out pictures of {where.W}x{where.H} px, {args.scene} has {len(video.test)} of "
-                            f"{video.W}x{video.H}: give the --scene and --size that it was made with")
-    if not 0 <= args.seek < len(reader):
-        raise UserError(f"--seek {args.seek}: {path} has frames 0 to {len(reader) - 1}")
-    last = min(args.seek + args.frames, len(reader)) if args.play else len(reader)
-    flight = replace(where, c2w=free_path(where.c2w, where.ndc, last - args.seek).to(args.device), K=where.K[:1].expand(last - args.seek, 3, 3))
-    films, scores, seconds = [], [], 0.0
-    frames = reader.frames(args.seek)
-    for t in range(args.seek, last):
+            raise UserError(f"{path}: {where.held_out} cameras of {where.W}x{where.H} px are held out, in {args.scene} {len(video.test)} "
+                            f"of {video.W}x{video.H}: give the --scene and --size that it was made with")
+    flight = free_path(where.c2w, where.ndc, len(shown)).to(args.device)
+    flight = replace(where, c2w=flight, K=where.K[:1].expand(len(shown), 3, 3))
+    films, scores, seconds, frames = [], [], 0.0, reader.frames(args.seek)
+    for t in shown:
         start = time.perf_counter()
         grid = to_device(next(frames)[1], args.device)
-        if args.path == "free" and args.play:
-            shots = [picture(grid, flight, t - args.seek, args)["rgb"]]
-        else:
-            shots = [picture(grid, where, camera, args)["rgb"] for camera in range(where.held_out)]
-        films.append(torch.cat(shots, 1).cpu())                         # waits for the GPU
+        seats = [(flight, t - args.seek)] if args.path == "free" else [(where, camera) for camera in range(where.held_out)]
+        films.append(torch.cat([picture(grid, *seat, args)["rgb"] for seat in seats], 1).cpu())     # .cpu() waits for a GPU
         seconds += time.perf_counter() - start
         if video:
-            scores.append(score(grid, video, to_device(video.read(t), args.device), args))
-            run.log(step=t, **scores[-1])
+            scores.append(score(grid, video, t, to_device(video.read(t), args.device), args))
     if args.play or args.video:
         save_video(run.path / "render.mp4", films, fps=max(round(where.fps), 1))
-    n = last - args.seek
     mean = {key: mean_of([s[key] for s in scores]) for key in ("psnr", "ssim", "psnr_moving")} if scores else {}
-    summary = dict(method="streamrf", scene=args.scene if video else None, data=video.kind if video else None, size=max(where.H, where.W),
-                   seed=args.seed, steps=0, train_seconds=0.0, peak_memory_mb=round(peak_memory_mb(args.device), 1), **mean, frames=n,
-                   pictures_per_second=round(n * len(shots) / seconds, 2), mb_per_frame=sum(reader.sizes[args.seek:last]) / n / 1e6)
-    print(f"{path}: {n} frames from {args.seek} on, {summary['pictures_per_second']} pictures of {where.W}x{where.H} px a second (decoding "
-          f"included), {summary['mb_per_frame']:.3f} MB a frame" + (f", PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}" if scores else "")
-          + f"; in {run.path}")
+    summary = dict(method="streamrf", scene=run.identity["scene"], data=video.kind if video else None, size=max(where.H, where.W),
+                   seed=args.seed, steps=0, train_seconds=0.0, peak_memory_mb=round(peak_memory_mb(args.device), 1), **mean,
+                   frames=len(shown), pictures_per_second=round(len(shown) * len(seats) / seconds, 2),
+                   mb_per_frame=sum(reader.sizes[t] for t in shown) / len(shown) / 1e6)
+    print(f"{path}: {len(shown)} frames from {args.seek} on, {summary['pictures_per_second']} pictures of {where.W}x{where.H} px a second "
+          f"with decoding, {summary['mb_per_frame']:.3f} MB a frame"
+          + (f", PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}" if scores else "") + f"; in {run.path}")
     return summary
 
 
@@ -999,15 +1000,15 @@ FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard", 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
     check_flags(args, positive=("frames", "steps", "rays", "tune_rays", "memory", "key_every", "density_step", "sh_step", "threshold"),
-                not_negative=("seek", "damp", "tv_density", "tv_colour", "change", "birth", "pilot_steps", "tune_steps", "ring", "depth", "halvings",
-                              "keep_density", "keep_colour", "pilot_keep_density", "pilot_keep_colour", "drop_colour"),
+                not_negative=("seek", "damp", "tv_density", "tv_colour", "change", "birth", "pilot_steps", "tune_steps", "ring", "depth",
+                              "halvings", "keep_density", "keep_colour", "pilot_keep_density", "pilot_keep_colour", "drop_colour"),
                 shares=("changed_share", "tv_share", "stop"))
     for name in ("lr_density", "lr_colour", "tune_lr_density", "tune_lr_colour"):
         if min(getattr(args, name)) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: both rates must be greater than 0")
     part = 2 ** max(args.halvings, 1)
     if any(side % part or side < 4 * part or side > 4096 for side in args.lattice):
-        raise UserError(f"--lattice {args.lattice}: sides must be multiples of {part}, from {4 * part} to 4096 (--halvings {args.halvings}; the pilot has half)")
+        raise UserError(f"--lattice {args.lattice}: sides must be multiples of {part}, {4 * part} to 4096 (the pilot has half; --halvings)")
     if not 0 <= args.degree <= 2:
         raise UserError(f"--degree {args.degree}: choose 0, 1 or 2")
     if args.play and (args.resume or args.eval_only):
@@ -1027,11 +1028,12 @@ def train(args: Args) -> dict:
     video = to_device(load_video(args.scene, args.data, args.size, args.frames, args.background), args.device)
     run = Run("streamrf", video.name, args.out, asdict(args), resume=args.resume)
     if args.as_released:
-        args = replace(args, aim="all", hull=False, birth=0.0, damp=0.0, memory=1, values="fp16", keep_colour=0.45, pilot_keep_colour=0.22)
+        args = replace(args, aim="all", hull=False, birth=0.0, damp=0.0, memory=1, values="fp16")
     board = tensorboard(run.path) if args.tensorboard else None
     cameras = video.test + video.train
-    header = StreamHeader(args.lattice, video.aabb, args.degree, video.bg, args.values, args.density_step, args.sh_step, args.key_every, video.fps,
-                          video.near, video.far, video.ndc, video.K[cameras], video.c2w[cameras], len(video.test), video.H, video.W)
+    header = StreamHeader(args.lattice, video.aabb, args.degree, video.bg, args.values, args.density_step, args.sh_step, args.key_every,
+                          video.fps, video.near, video.far, video.ndc, video.K[cameras], video.c2w[cameras], len(video.test),
+                          video.H, video.W)
     clock, full, pilot, per_frame = Stopwatch(args.device), None, None, []
     recent = torch.zeros(0, len(video.train), video.H, video.W, dtype=torch.bool, device=args.device)
     if run.resumed:
@@ -1051,16 +1053,15 @@ def train(args: Args) -> dict:
         truth, start = images.flatten(0, 2), clock.seconds
         clock.start()
         # 1. the grid of this frame
-        key, keep = t % args.key_every == 0 or args.mode == "scratch", None
-        if t == 0 or args.mode == "scratch":
+        kind, keep, M = DELTA if t % args.key_every and args.mode != "scratch" else KEY, None, None
+        if full is None or args.mode == "scratch":
             grid, used = from_scratch(video, truth, args)
-            M = torch.ones_like(active(grid))
         else:
             recent = torch.cat([recent, changed_pixels(images, before, args.change)[None]])[-args.memory:]
             grid, keep, pilot, M, used = next_frame(full, pilot, video, truth, recent.any(0), args)
-        # 2. its difference to what a player has, and what the player makes of it
-        payload = encode_frame(header, None if key else full, grid, keep if keep is None else keep)
-        last, full = full, to_device(decode_frame(header, KEY if key else DELTA, payload, None if key else full), args.device)
+        # 2. its difference to the last one, and what a player makes of it: from there it goes on
+        payload = encode_frame(header, None if kind == KEY else full, grid, keep)
+        last, full = full, to_device(decode_frame(header, kind, payload, full), args.device)
         seconds = clock.stop() - start
         # 3. a pilot for the frames to come
         if t == 0 and args.mode in ("pilot", "full"):
@@ -1068,15 +1069,16 @@ def train(args: Args) -> dict:
             pilot = resample(full, [side // 2 for side in args.lattice], args.threshold, 1)
             tune(pilot, video, truth, 4 * args.pilot_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args)
             clock.stop()
-        size = writer.append(t, KEY if key else DELTA, payload)
-        # 4. the books: of the decoded frame
-        A, Q = torch.zeros_like(active(full)) if last is None else active(last), active(full)
-        stored = Q[Q] if key else ~A[Q] | (keep if keep is not None else ~A[Q])
-        pictures = run.path / f"test_{t:03d}.png" if t in spread(video.frames, 12) else None
-        scores = score(full, video, views, args, pictures, M, stored)
-        n = len(full.values)
-        info = dict(scores, seconds=seconds, rays=used, bytes=size, voxels=n, key=key, trainable=float(M[A | Q].float().mean()),
-                    kept=float(stored.float().mean()) if last is not None else 1.0, added=float((Q & ~A).sum() / n), removed=float((A & ~Q).sum() / n))
+        size = writer.append(t, kind, payload)
+        # 4. the books, of what a player sees
+        A, Q = (torch.zeros_like(active(full)) if last is None else active(last)), active(full)
+        M = M if M is not None else torch.ones_like(Q)
+        stored = torch.ones_like(A[Q]) if kind == KEY else ~A[Q] | keep
+        scores = score(full, video, t, views, args, run.path / f"test_{t:03d}.png" if t in spread(video.frames, 12) else None, M, stored)
+        share = lambda mask, of: float(mask.sum() / of.sum())
+        info = dict(scores, seconds=seconds, rays=used, bytes=size, voxels=int(Q.sum()), key=kind == KEY,
+                    trainable=share(M & (A | Q), A | Q), kept=float(stored.float().mean()), added=share(Q & ~A, Q),
+                    removed=share(A & ~Q, A | Q))
         per_frame.append(info)
         run.log(step=t, train_seconds=clock.seconds, **info)
         for name in ("psnr", "bytes", "seconds") if board else ():
@@ -1100,16 +1102,18 @@ def conclude(args: Args, run: Run, video, seconds: float, per_frame: list[dict])
     later, columns = per_frame[1:], 1 + 3 * (args.degree + 1) ** 2
     slope = float(np.polyfit(range(len(per_frame)), [info["psnr"] for info in per_frame], 1)[0]) if later else None
     summary = dict(method="streamrf", scene=video.name, data=video.kind, size=args.size, seed=args.seed, steps=len(per_frame),
-                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), psnr=mean("psnr"), ssim=mean("ssim"),
-                   psnr_moving=mean("psnr_moving"), psnr_slope=slope, mode=args.mode, seconds_first=per_frame[0]["seconds"],
-                   seconds_per_frame=mean("seconds", later), rays_per_frame=mean("rays", later), bytes_first=per_frame[0]["bytes"],
-                   bytes_per_frame=mean("bytes", later), bytes_full_frame_fp16=mean("voxels") * columns * 2 + math.prod(args.lattice) / 8,
+                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), psnr=mean("psnr"),
+                   ssim=mean("ssim"), psnr_moving=mean("psnr_moving"), psnr_slope=slope, mode=args.mode,
+                   seconds_first=per_frame[0]["seconds"], seconds_per_frame=mean("seconds", later), rays_per_frame=mean("rays", later),
+                   bytes_first=per_frame[0]["bytes"], bytes_per_frame=mean("bytes", later),
+                   bytes_full_frame_fp16=mean("voxels") * columns * 2 + math.prod(args.lattice) / 8,
                    bytes_dense_fp32=math.prod(args.lattice) * columns * 4, trainable=mean("trainable", later), kept=mean("kept", later),
                    added=mean("added", later), frames=len(per_frame), per_frame=per_frame)
     run.summary(**summary)
-    each = f", {summary['seconds_per_frame']:.2f} s and {summary['bytes_per_frame'] / 1000:.1f} kB a later frame" if later else ""
-    print(f"{video.name}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f} over {len(video.test)} held-out cameras and {len(per_frame)} "
-          f"frames; first frame {summary['seconds_first']:.1f} s, {summary['bytes_first'] / 1000:.0f} kB{each}; pictures and stream in {run.path}")
+    each = f", later ones {summary['seconds_per_frame']:.2f} s and {summary['bytes_per_frame'] / 1000:.1f} kB" if later else ""
+    print(f"{video.name}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f} over {len(video.test)} held-out cameras and "
+          f"{len(per_frame)} frames; first frame {summary['seconds_first']:.1f} s, {summary['bytes_first'] / 1000:.0f} kB{each}; "
+          f"pictures and stream in {run.path}")
     return summary
 
 
