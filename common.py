@@ -902,7 +902,8 @@ def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
     if dtu:
         train, held_out = hold_out(load_dtu(folder, size, bg), folder)
         aabb = torch.tensor([[-1.5] * 3, [1.5] * 3])    # the object fills the unit sphere, its table goes on; cameras stand outside, at 3
-        return Scene(folder.resolve().name, "dtu", train, held_out if test else pick_views(train, []), aabb, 0.1, 5.0, bg, False)
+        near = max(0.1, float(torch.cat([train.c2w, held_out.c2w])[:, :, 3].norm(dim=1).min()) - 1.1)      # no haze before the cameras
+        return Scene(folder.resolve().name, "dtu", train, held_out if test else pick_views(train, []), aabb, near, 5.0, bg, False)
     read = (lambda split: load_bricks(split, size, bg)) if folder is None else (lambda split: load_blender(folder, split, size, bg))
     train = read(splits[0])
     for split in splits[1:]:

@@ -332,7 +332,9 @@ def test_dtu_rays_go_through_the_points_that_the_matrices_project(tmp_path, size
 def test_dtu_pictures_masks_split_and_lookup(tmp_path):
     pixels, masks, _, _ = write_dtu(tmp_path / "dtu" / "toy")
     scene = common.load_scene("toy", tmp_path, bg="black")
-    assert scene.kind == "dtu" and scene.name == "toy" and not scene.ndc and (scene.near, scene.far) == (0.1, 5.0)
+    assert scene.kind == "dtu" and scene.name == "toy" and not scene.ndc and scene.far == 5.0
+    nearest = min(float(c.norm()) for views in (scene.train, scene.test) for c in views.c2w[:, :, 3])
+    assert nearest > 2 and scene.near == pytest.approx(nearest - 1.1, abs=1e-6)                       # before the unit sphere, behind the cameras
     assert torch.equal(scene.aabb, torch.tensor([[-1.5] * 3, [1.5] * 3]))
     assert scene.test.names == ["image/000000.png", "image/000008.png"] and scene.train.names == [f"image/{v:06d}.png" for v in range(1, 8)]
     grey = lambda x: (x.numpy() * 255).round().astype(np.uint8)

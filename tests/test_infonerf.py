@@ -1104,6 +1104,17 @@ def test_dtu_runs(tiny, tmp_path, monkeypatch, flags):
     assert not (tmp_path / "b").exists()
 
 
+def test_masks_cut_the_object_out_of_dtu_pictures(tiny):
+    scene = as_dtu(common.load_scene(str(tiny), ".", bg="black"))
+    cut, _ = inf.few_shot(scene, args(views=(3, 8), masked=True))
+    plain, _ = inf.few_shot(scene, args(views=(3, 8)))
+    m = plain.train.mask[..., None]
+    assert 0 < m.mean() < 1 and torch.equal(cut.train.images, m * plain.train.images) and torch.equal(cut.train.alpha, plain.train.mask)
+    assert torch.equal(cut.test.images, plain.test.mask[..., None] * plain.test.images) and plain.train.alpha is None
+    with pytest.raises(common.UserError, match="no masks"):
+        inf.few_shot(common.load_scene(str(tiny), "."), args(views=(3, 8), masked=True))
+
+
 def test_evaluations_on_the_way_take_spread_test_views(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(inf, "load_scene", lambda *words: as_dtu(common.load_scene(*words)))
