@@ -1648,6 +1648,8 @@ class Compare:
     """Where the runs' pictures go, below each other or, if they are not wide, side by side."""
     curves: Path | None = None
     """Where the curves go (FILE.svg): held-out PSNR against steps, rays, samples and training seconds."""
+    against: str | None = None
+    """Curves of final PSNR against this number of summary.json instead (bytes_per_frame, ...): a line joins runs alike up to the last "-"."""
     keys: list[str] = field(default_factory=list)
     """More numbers out of summary.json to show (entropy_bits, ...)."""
     picture: str = "test_000.png"
@@ -1658,6 +1660,8 @@ class Compare:
             raise UserError("compare needs at least one run folder: python common.py compare runs/A runs/B")
         if self.curves and self.curves.suffix != ".svg":
             raise UserError(f"--curves {self.curves}: the curves are written as SVG: give a name that ends in .svg")
+        if self.against and not self.curves:
+            raise UserError("--against says what the curves show: give --curves FILE.svg as well")
         print(compare(self.runs, self.keys))
         pictures = [(run, read_image(run / self.picture)[..., :3]) for run in self.runs if (run / self.picture).is_file()]
         path, flag = self.out, "--out"
@@ -1671,8 +1675,8 @@ class Compare:
                 print(f"\n{self.out}, {self.picture} from {'top to bottom' if wide else 'left to right'}:", ", ".join(run.name for run, _ in pictures))
             if self.curves:
                 path, flag = self.curves, "--curves"
-                self.curves.write_text(draw_curves(self.runs), encoding="utf-8")
-                print(f"\n{self.curves}: held-out PSNR against cost")
+                self.curves.write_text(draw_curves(self.runs, self.against), encoding="utf-8")
+                print(f"\n{self.curves}: held-out PSNR against {self.against or 'cost'}")
         except OSError as error:
             raise UserError(f"{flag} {path}: cannot be written ({error.strerror}): choose another {flag}") from None
 
@@ -1762,9 +1766,10 @@ def round_ticks(lo: float, hi: float, most: int = 5) -> np.ndarray:
     return gap * np.arange(math.ceil(lo / gap), math.floor(hi / gap) + 1)
 
 
-def draw_curves(runs: list[Path]) -> str:
+def draw_curves(runs: list[Path], against: str | None = None) -> str:
     """SVG text: held-out PSNR against steps, rays, samples, training seconds (a panel is left out where no run has its numbers).
-    Seeds of one run: a line through their means, linear between evaluations, in a band from the least to the greatest."""
+    Seeds of one run: a line through their means, linear between evaluations, in a band from the least to the greatest.
+    against: a key of summary.json; then a line through the ends of all runs whose names agree up to the last "-"."""
     groups = read_runs(runs)
     colours = ("#2f81f7", "#e5711d", "#2da44e", "#d1549b", "#8b6cef", "#a8850a")       # each readable on white and on black,
     grey = "#808890"                                                                   # and so is this
@@ -1779,8 +1784,17 @@ def draw_curves(runs: list[Path]) -> str:
                 if len(x):                                              # where all its runs have been
                     y = [np.interp(x, [line[cost] for line in curve], [line["psnr"] for line in curve]) for curve in lines]
                     bands[cost, label] = x, np.stack(y)
+    if against:
+        ends, bands = {}, {}
+        for label, group in groups.items():
+            ends.setdefault(label.rpartition("-")[0] or label, []).extend((s[against], s["psnr"]) for s, _ in group if s.get(against) is not None)
+        groups = {label: points for label, points in ends.items() if points}
+        for label, points in groups.items():
+            x, y = np.array(sorted(points), dtype=float).T
+            bands[against, label] = x, y[None]
     if not bands:
-        raise UserError(f"{runs[0]}: no evaluations to draw: its metrics.jsonl needs lines with step, train_seconds and psnr")
+        raise UserError(f"{runs[0]}: nothing to draw: summary.json has no {against}" if against else
+                        f"{runs[0]}: no evaluations to draw: its metrics.jsonl needs lines with step, train_seconds and psnr")
     costs = list(dict.fromkeys(cost for cost, _ in bands))
     lo, hi = min(y.min() for _, y in bands.values()), max(y.max() for _, y in bands.values())
     lo, hi = lo - 0.05 * (hi - lo) - 0.1, hi + 0.05 * (hi - lo) + 0.1
@@ -1803,6 +1817,7 @@ def draw_curves(runs: list[Path]) -> str:
                 if len(y) > 1:
                     body.append(f'<polygon points="{path(x, y.min(0))} {path(x[::-1], y.max(0)[::-1])}" fill="{colours[i % 6]}" fill-opacity="0.2"/>')
                 body.append(f'<polyline points="{path(x, y.mean(0))}" fill="none" {stroke(i)} stroke-width="2"/>')
+                body += [f'<circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="3" fill="{colours[i % 6]}"/>' for a, b in zip(x, y[0]) if against]
     x, y, width = left, top + h + 60, max(len(costs) * pitch, 400)
     for i, label in enumerate(groups):                                  # the legend, broken into lines
         if x > left and x + 40 + 7 * len(label) > width:

@@ -138,7 +138,7 @@ class Args:
     """Steps of the pilot a frame (frame 0: four times as many)."""
     tune_steps: int = 60
     """Steps of the full model a frame."""
-    tune_rays: int = 512
+    tune_rays: int = 704
     """Rays of each step of both."""
     lr_density: tuple[float, float] = (3.0, 0.3)
     """First and last learning rate of density [1/length], frame 0."""
@@ -146,7 +146,7 @@ class Args:
     """The same of the coefficients."""
     tune_lr_density: tuple[float, float] = (3.0, 1.0)
     """First and last learning rate of density, later frames and pilot."""
-    tune_lr_colour: tuple[float, float] = (0.1, 0.01)
+    tune_lr_colour: tuple[float, float] = (0.15, 0.01)
     """The same of the coefficients."""
     damp: float = 1.0
     """Damping of small gradients after frame 0 (list above, 7)."""
@@ -299,7 +299,7 @@ def render(grid: Grid, cells: Tensor, rays_o: Tensor, rays_d: Tensor, where, sto
     x, t_starts, t_ends, offsets, ray = walk(cells, rays_o, rays_d, where)
     f = voxel_interp(x, grid.links, grid.values, mask)                                              # (N, 1 + 3B)
     Y = spherical_harmonics(rays_d, math.isqrt(f.shape[1] // 3))                                    # (R, B)
-    rgbs = torch.relu(0.5 + (f[:, 1:].view(len(x), 3, -1) * Y[ray][:, None]).sum(-1))               # (N, 3)
+    rgbs = torch.relu(0.5 + (f[:, 1:].view(len(x), 3, Y.shape[1]) * Y[ray][:, None]).sum(-1))               # (N, 3)
     rgb, acc, depth, weights = composite(torch.relu(f[:, 0]), rgbs, t_starts, t_ends, offsets, early_stop=stop)
     return {"rgb": rgb + (1 - acc[:, None]) * where.bg, "acc": acc, "depth": depth, "x": x, "weights": weights, "ray": ray}
 
@@ -308,7 +308,7 @@ def rays_of(where, camera, xy: Tensor) -> tuple[Tensor, Tensor]:
     """Rays of pixels xy (n, 2) of camera(s), a number or (n,): rays_o, rays_d (n, 3), in NDC where the scene is."""
     K = where.K[camera]
     rays_o, rays_d = pixel_rays(xy, K, where.c2w[camera].expand(len(xy), 3, 4))
-    return ndc_rays(rays_o, rays_d, K, where.H, where.W) if where.ndc else (rays_o, rays_d)
+    return ndc_rays(rays_o, rays_d, where.K[0], where.H, where.W) if where.ndc else (rays_o, rays_d)         # one space: one K
 
 
 @torch.no_grad()
@@ -330,7 +330,8 @@ def picture(grid: Grid, where, camera, args, paint: Optional[Tensor] = None) -> 
 def tv_gradient(grid: Grid, points: Tensor, weight: Tensor, grad: Tensor) -> None:
     """Add the gradient of total variation at some lattice points (n,), flat indices, to grad (M, F).  weight (F,).
 
-        TV = weight/n sum_points sqrt(1e-9 + sum_axes d^2), d = v[next along axis] - v[point]; its gradient times points a side / 256
+        TV = weight/n sum_points sqrt(1e-9 + sum_axes d^2), d = v[next along axis] - v[point]; each axis of its
+    gradient times points a side / 256 (on a lattice of unequal sides no exact gradient any more).
     Density: a missing voxel counts as 0, which pulls the rim of what is active down. Coefficients: no difference to a missing voxel.
     Source: Plenoxels eq. 4, stochastic as released.
     """
@@ -384,6 +385,8 @@ def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask
     weight = torch.tensor([args.tv_density] + [args.tv_colour] * (columns - 1), device=truth.device)
     place = active(grid).flatten().nonzero()[:, 0]                                                  # (M,) lattice points of the rows
     place = place if mask is None else place[mask]
+    if len(place) == 0:
+        raise UserError(f"no voxel is left to tune: none reaches density {args.threshold}: use more --steps, or a lower --threshold")
     n_tv = max(round(args.tv_share * len(place)), 1)
     for k in range(steps):
         if k % 8 == 0:
@@ -459,10 +462,10 @@ def unexplained(grid: Grid, video, pixels: Tensor, suspects: Tensor, args) -> Te
     return left
 
 
-def crossing(mask: Tensor, video) -> Tensor:
-    """Training pixels (n,) whose ray meets a cell of a point of mask (X, Y, Z); the loss of all others has no gradient there."""
-    cells, every = cells_of(mask), torch.arange(len(video.train) * video.H * video.W, device=mask.device)
-    return torch.cat([pixel[walk(cells, *training_rays(video, pixel), video)[3].diff() > 0] for pixel in every.split(1 << 16)])
+def crossing(mask: Tensor, video, pixels: Tensor) -> Tensor:
+    """Of training pixels (n,) those whose ray meets a cell of a point of mask (X, Y, Z); the loss of the others has no gradient there."""
+    cells = cells_of(mask)
+    return torch.cat([some[walk(cells, *training_rays(video, some), video)[3].diff() > 0] for some in pixels.split(1 << 16)])
 
 
 def drawing(some: Tensor, others: Tensor, share: float):
@@ -544,10 +547,10 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
         M = dilate(erode(upsample(changed, shape)), 2) & M if args.as_released else dilate(S) & (M | added)
     if args.hull:
         M = M & dilate(hull(video, recent, shape), 2)
-    # 3. room to grow; what appears starts as the pilot has it, what vanishes from nothing
-    near = A | dilate(A, args.ring) & M
-    seeds, cleared = (near & added, near & removed) if args.as_released else (added & M & ~A, A & removed & M)
-    grid = restrict(full, near | seeds if args.seeding else near)
+    # 3. room for surfaces to move; what appears (seeds) starts as the pilot has it, what vanishes (cleared) from nothing
+    room = A | dilate(A, args.ring) & M
+    seeds, cleared = (room & added, room & removed) if args.as_released else (added & M & ~A, A & removed & M)
+    grid = restrict(full, room | seeds if args.seeding else room)
     if args.seeding and seeds.any():
         grid.values[grid.links[seeds].long()] = lookup(pilot, on_lattice(seeds, pilot.links.shape))
     if args.clearing:
@@ -555,7 +558,9 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
     grown = active(grid)
     # 4. tuning
     mask = M[grown]
-    pixels = all_pixels if args.aim == "all" else crossing(M & grown, video)
+    pixels = all_pixels
+    if args.aim != "all":                                                                           # no more than will be drawn
+        pixels = crossing(M & grown, video, all_pixels[torch.randperm(len(truth), device=A.device)[:args.tune_steps * args.tune_rays]])
     if mask.any() and len(pixels):
         draw = drawing(lately, pixels, args.changed_share if args.aim == "changed" else 0.0)
         used += tune(grid, video, truth, args.tune_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, mask, draw,
@@ -838,7 +843,7 @@ class StreamWriter:
             try:
                 self.file = open(path, "xb")
             except FileExistsError:
-                raise UserError(f"{path} exists already: resume it, or give another --out") from None
+                raise UserError(f"{path} exists already: --resume the run that wrote it, or give another --stream") from None
             return self._write(head)
         try:
             self.file = open(path, "r+b" if resume_at or os.path.exists(path) else "w+b")
@@ -850,9 +855,11 @@ class StreamWriter:
         if len(have) < len(head):                                                   # killed while it wrote the header
             self.file.seek(0)
             self._write(head)
-        entries, end, _ = scan(self.file)
+        entries, end, damage = scan(self.file)
         if len(entries) < resume_at:
             raise UserError(f"{path} holds {len(entries)} whole frames, but is to be continued after {resume_at}: give another --out")
+        if resume_at == 0 and (len(entries) > 1 or entries and not damage):         # a run without a checkpoint wrote one frame at most
+            raise UserError(f"{path} holds {len(entries)} frames of another run: give another --stream")
         self.entries = entries[:resume_at]
         self.file.seek(([at for _, at in entries] + [end])[resume_at])
         self.file.truncate()
@@ -950,18 +957,20 @@ def score(grid: Grid, video, t: int, views, args, pictures=None, allowed: Option
             **{name: float(-10 * some.mean().log10()) if len(some) else None for name, some in inside.items()}}
 
 
-def play(args: Args, path, run: Run) -> dict:
+def play(args: Args) -> dict:
     """Decode a stream and film it: render.mp4; with --score or --eval-only PSNR and SSIM, too.  -> what summary.json holds."""
+    path = args.play or args.stream or Path(args.out) / "stream.srf"
     reader = StreamReader(path)
     if args.seek >= len(reader):
         raise UserError(f"--seek {args.seek}: {path} has frames 0 to {len(reader) - 1}")
     shown = range(args.seek, min(args.seek + args.frames, len(reader)) if args.play else len(reader))
     where, video = to_device(reader.header, args.device), None
     if args.score or args.eval_only:
-        video = to_device(load_video(args.scene, args.data, args.size, None, args.background), args.device)
+        video = to_device(load_video(args.scene, args.data, max(where.H, where.W), shown.stop, where.bg.tolist()), args.device)
         if (video.H, video.W, len(video.test)) != (where.H, where.W, where.held_out):
             raise UserError(f"{path}: {where.held_out} cameras of {where.W}x{where.H} px are held out, in {args.scene} {len(video.test)} "
-                            f"of {video.W}x{video.H}: give the --scene and --size that it was made with")
+                            f"of {video.W}x{video.H}: give the --scene that it was made with")
+    run = Run("streamrf", Path(path).stem if args.play else args.scene, args.out, asdict(args), resume=args.eval_only)
     flight = free_path(where.c2w, where.ndc, len(shown)).to(args.device)
     flight = replace(where, c2w=flight, K=where.K[:1].expand(len(shown), 3, 3))
     films, scores, seconds, frames = [], [], 0.0, reader.frames(args.seek)
@@ -983,6 +992,8 @@ def play(args: Args, path, run: Run) -> dict:
     print(f"{path}: {len(shown)} frames from {args.seek} on, {summary['pictures_per_second']} pictures of {where.W}x{where.H} px a second "
           f"with decoding, {summary['mb_per_frame']:.3f} MB a frame"
           + (f", PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}" if scores else "") + f"; in {run.path}")
+    if args.play:
+        run.summary(**summary)
     return summary
 
 
@@ -1004,13 +1015,13 @@ def check(args: Args) -> None:
                               "halvings", "keep_density", "keep_colour", "pilot_keep_density", "pilot_keep_colour", "drop_colour"),
                 shares=("changed_share", "tv_share", "stop"))
     for name in ("lr_density", "lr_colour", "tune_lr_density", "tune_lr_colour"):
-        if min(getattr(args, name)) <= 0:
+        if not all(0 < rate < math.inf for rate in getattr(args, name)):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: both rates must be greater than 0")
     part = 2 ** max(args.halvings, 1)
     if any(side % part or side < 4 * part or side > 4096 for side in args.lattice):
         raise UserError(f"--lattice {args.lattice}: sides must be multiples of {part}, {4 * part} to 4096 (the pilot has half; --halvings)")
-    if not 0 <= args.degree <= 2:
-        raise UserError(f"--degree {args.degree}: choose 0, 1 or 2")
+    if not 0 <= args.degree <= 2 or args.key_every >= 2 ** 31:
+        raise UserError(f"--degree {args.degree} --key-every {args.key_every}: wanted 0, 1 or 2, and less than 2^31")
     if args.play and (args.resume or args.eval_only):
         raise UserError("--play trains nothing: leave --resume and --eval-only away")
 
@@ -1019,13 +1030,11 @@ def train(args: Args) -> dict:
     """Encode a video frame by frame, score what a player will see, write the run folder; -> what summary.json holds."""
     check(args)
     if args.play or args.eval_only:
-        run = Run("streamrf", Path(args.play).stem if args.play else args.scene, args.out, asdict(args), resume=args.eval_only)
-        summary = play(args, args.play or args.stream or run.path / "stream.srf", run)
-        if args.play:
-            run.summary(**summary)
-        return summary
+        return play(args)
     torch.manual_seed(args.seed)
     video = to_device(load_video(args.scene, args.data, args.size, args.frames, args.background), args.device)
+    if args.stream and not args.resume and os.path.exists(args.stream):
+        raise UserError(f"--stream {args.stream} exists already: give another, or --resume the run that wrote it")
     run = Run("streamrf", video.name, args.out, asdict(args), resume=args.resume)
     if args.as_released:
         args = replace(args, aim="all", hull=False, birth=0.0, damp=0.0, memory=1, values="fp16")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -852,6 +853,19 @@ def fake_run(folder, rows, **summary):
         run.log(step=step, train_seconds=seconds, psnr=psnr, **dict(zip(("rays", "samples"), more)))
     run.summary(scene="lego", data="blender", **summary)
     common.save_png(run.path / "test_000.png", torch.full((4, summary["size"] * 4, 3), 0.5))
+
+
+def test_compare_draws_ends_against_a_number_of_the_summary(tmp_path):
+    for name, size, psnr in (("a-1", 30, 20.0), ("a-2", 10, 18.0), ("b-1", 20, 25.0), ("c-1", None, 9.0)):
+        more = {} if size is None else {"bytes": size}
+        fake_run(tmp_path / name, [(10, 1.0, psnr)], method="one", size=2, steps=10, train_seconds=1.0, psnr=psnr, **more)
+    svg = common.draw_curves([tmp_path / name for name in ("a-1", "a-2", "b-1", "c-1")], "bytes")
+    lines = [[tuple(map(float, point.split(","))) for point in found.split()] for found in re.findall(r'polyline points="([^"]*)"', svg)]
+    assert [len(line) for line in lines] == [2, 1] and svg.count("<circle") == 3                   # a line for a, a point for b, nothing for c
+    (x1, y1), (x2, y2), (x3, y3) = lines[0] + lines[1]
+    assert x1 < x3 < x2 and abs((x2 - x1) / 2 - (x3 - x1)) < 0.2 and y3 < y2 < y1                   # 10, 20, 30 bytes; up is more PSNR
+    with pytest.raises(common.UserError, match="nothing to draw"):
+        common.draw_curves([tmp_path / "c-1"], "bytes")
 
 
 def test_compare(tmp_path):
