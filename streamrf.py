@@ -6,32 +6,37 @@ around surfaces, cut down to where a half-resolution pilot model, tuned first, h
 what they were. What is left is a small difference, stored in an append-only file (the stream); the next frame starts from what a player
 of that file will have, so errors do not add up, and no later frame is ever looked at.
 
-| paper                          | here                                                                                 |
-|--------------------------------|--------------------------------------------------------------------------------------|
-| voxel grid of frame t          | Grid(links, values); A = active(grid)                                                |
-| narrow band                    | B = dilate(A, --ring) minus erode(A, --depth)                                         |
-| pilot model                    | pilot, half of --lattice; where it changed: S                                         |
-| where the full model may change| M = B & S, and with --hull & the hull of changed pixels                               |
-| difference-based compression   | difference(), then encode_frame                                                      |
+| paper                           | here                                                                                |
+|---------------------------------|-------------------------------------------------------------------------------------|
+| voxel grid of frame t           | Grid(links, values); A = active(grid) before the frame, Q after it                  |
+| narrow band                     | band = dilate(A, --ring) minus erode(A, --depth)                                    |
+| pilot model                     | pilot, half of --lattice; where it changed: S                                       |
+| where the full model may change | M = S, widened by 1, within the band, and with --hull within the hull of change     |
+| difference-based compression    | difference(), then encode_frame                                                     |
 
-    sigma(x), colour(x, d) = interpolation of eight rows          render           (Plenoxels, section 3.1)
-    frame 0, coarse to fine                                       from_scratch     (Plenoxels, section 3.4)
-    pilot, then full model, one frame                             next_pilot, next_frame   (paper, section 3)
-    what of the new grid is kept                                  difference       (paper, section 3)
-    the file, seeking, damage, resuming                           encode_frame, decode_frame, StreamWriter, StreamReader  (ours)
+Sizes: X Y Z lattice points, G rows of a grid (its voxels), F columns, R rays, N samples, V cameras. Masks are (X, Y, Z) bool.
 
-Where the released code differs from this file (--as-released brings back its rules for masks, seeds and storage; rays, steps and the closed
-loop stay ours):
+    sigma(x), colour(x, d) = interpolation of eight rows    render                    (Plenoxels section 3)
+    frame 0, coarse to fine; total variation                from_scratch, tv_gradient (Plenoxels section 3)
+    pilot, then full model, one frame                       next_pilot, next_frame    (paper section 3)
+    what of the new grid is kept                            difference                (paper section 3)
+    the file, seeking, damage, resuming                     encode_frame, decode_frame, StreamWriter, StreamReader  (ours)
+
+Where the released code differs from this file. --as-released brings back its masks, seeds, keep rule, fp16, undamped steps, uniform
+rays; thresholds, step counts, key frames, the closed loop, the file, and (6), (9) stay ours.
 (1) A voxel is stored if its colour changed; a surface that fades is put back. Here its opacity counts as well, and colour where it shows.
-(2) Seeds from the pilot only reach voxels that exist (4 around surfaces). Here they make new ones, anywhere.
+(2) Seeds from the pilot reach only voxels that exist after growing (4 around surfaces), and overwrite what is there. Here they make new
+    voxels anywhere in M, and overwrite none.
 (3) It clears what the pilot lost also where nothing may be repaired: blocks. Here only inside M.
 (4) fp16 is written but the encoder goes on in float32; the file has no reader. Here the encoder goes on from its own decoded bytes.
 (5) The whole occupancy mask is written each frame. Here its difference.
 (6) The pilot films the whole video first. Here pilot and full model take turns: truly on the fly.
 (7) Its optimiser moves a row by the whole learning rate on first touch, however small the gradient: static voxels jitter, and are stored.
-    Here a step is damped by the mean size of all gradients (--damp; 0 is theirs).
-(8) Rays are drawn from all pixels. Here most come from pixels that changed in the last --memory frames, the others from rays that meet M
-    (--aim); and M lies in the hull of those pixels (--hull), which is also where things may be born out of thin air (--birth).
+    Here, after frame 0, a step is damped by the root mean square gradient of the rows that move (--damp; 0 is theirs).
+(8) Rays are drawn from all pixels. Here most come from pixels that changed in the last --memory frames, the full model's others from rays
+    that meet M (--aim). M lies in the hull of those pixels (--hull), and things may be born there out of thin air (--birth).
+(9) Total variation looks at a run of 1 % of the lattice. Here at random voxels among those that may change: the same lambda weighs more.
+(10) M leaves out what the pilot lost, and speckle is eroded. Here losses count, what the pilot added widens the band, nothing is eroded.
 
     python streamrf.py                                    12 frames of the built-in stage at 64 px; about NNN s of one core
     python streamrf.py --play runs/.../stream.srf         film and camera flight from the file alone
@@ -68,7 +73,8 @@ class Args:
     data: str = os.environ.get("NERF_DATA", "data")
     """Folder with n3dv/, meetroom/, panoptic_sports/ (default: $NERF_DATA, else `data`)."""
     preset: Literal["quick", "paper"] = "quick"
-    """quick: 64 px, 64^3 points, 12 frames. paper: 1352 px, 512 x 512 x 128 points, 300 frames, for a GPU."""
+    """quick: 64 px, 64^3 points, 12 frames. paper: the released N3DV sizes and rates, 1352 px, 512 x 512 x 128 points, 300 frames, for a
+    GPU (add --as-released for the released rules as well)."""
     out: Optional[str] = None
     """Run folder (default: runs/streamrf-SCENE-TIME)."""
     seed: int = 0
@@ -87,7 +93,7 @@ class Args:
     size: int = 64
     """Longer image side [pixels]."""
     frames: int = 12
-    """Frames to encode, or to play (fewer if there are fewer)."""
+    """Frames to encode, or to show with --play (fewer if there are fewer; --eval-only: all)."""
     background: Literal["white", "black", "grey"] = "grey"
     """What is behind the scene."""
     stream: Optional[str] = None
@@ -102,15 +108,17 @@ class Args:
     """With --play: also load --scene's pictures and score the held-out cameras."""
 
     mode: Literal["scratch", "warm", "band", "pilot", "full"] = "full"
-    """scratch: every frame anew. warm: from the frame before, all voxels. band, pilot: one of the two masks. full: both (paper)."""
+    """scratch: every frame anew. warm: from the frame before, no mask. band, pilot: one of the two masks. full: both (paper). --hull
+    narrows all but scratch: --no-hull for the paper's ablation."""
     compress: bool = True
-    """Put back and drop what hardly changed (off: every touched voxel is stored)."""
+    """Put back and drop what hardly changed (off: every touched voxel is stored; key frames store all)."""
     seeding: bool = True
     """New voxels start with the pilot's values."""
     clearing: bool = True
     """Voxels that the pilot lost start from zero."""
     as_released: bool = False
-    """The released code's masks, seeds, thresholds and fp16 (list above)."""
+    """The released code's masks, seeds, keep rule, fp16, uniform rays and undamped steps (list above; overrides --aim --hull --birth --damp
+    --memory --values)."""
     aim: Literal["changed", "crossing", "all"] = "changed"
     """Where a frame's rays come from: mostly pixels that changed lately, pixels whose ray meets M, or all pixels (paper)."""
     change: float = 0.03
@@ -189,7 +197,7 @@ PRESETS = {
     "paper": Args(preset="paper", scene="flame_salmon_1", size=1352, frames=300, lattice=(512, 512, 128), degree=2, halvings=2,
                   steps=128_000, rays=5000, pilot_steps=750, tune_steps=500, tune_rays=20_000, lr_density=(30.0, 1.1),
                   lr_colour=(1e-2, 2e-4), tune_lr_density=(1.0, 1.0), tune_lr_colour=(1e-2, 3e-3), tv_share=0.01, aim="all", hull=False,
-                  memory=1, keep_colour=1.0, pilot_keep_colour=0.5),
+                  memory=1, drop_colour=0.2, keep_colour=1.0, pilot_keep_colour=0.5),
 }
 
 
@@ -199,11 +207,11 @@ PRESETS = {
 class Grid:
     """A frame: a sparse voxel grid over a box. Voxel (i, j, k) sits at lattice point (i, j, k); between points one interpolates."""
     links: Tensor           # (X, Y, Z) int32: the voxel's row of values, -1 = none; rows in raster order, x slowest, z fastest
-    values: Tensor          # (M, F) float32: raw density [1/length], any sign; then (degree + 1)^2 coefficients of red, of green, of blue
+    values: Tensor          # (G, F) float32: raw density [1/length], any sign; then (degree + 1)^2 coefficients of red, of green, of blue
 
 
 def grid_from(mask: Tensor, values: Tensor) -> Grid:
-    """The grid with these voxels: mask (X, Y, Z) bool, values (M, F) in raster order. Example: the n-th True of mask gets link n - 1."""
+    """The grid with these voxels: mask (X, Y, Z) bool, values (G, F) in raster order. Example: the n-th True of mask gets link n - 1."""
     links = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
     links[mask] = torch.arange(len(values), dtype=torch.int32, device=mask.device)
     return Grid(links, values)
@@ -294,7 +302,7 @@ def render(grid: Grid, cells: Tensor, rays_o: Tensor, rays_d: Tensor, where, sto
 
     sigma = max(0, interpolated density), colour = max(0, 1/2 + interpolated coefficients . Y(d)); a missing voxel counts as 0 in both.
     cells: where to look, cells_of voxels with positive density is enough. stop: transmittance at which a ray ends.
-    Gradient to grid.values, of mask (M,) bool only these rows. Source: Plenoxels section 3.1.
+    Gradient to grid.values, of mask (G,) bool only these rows. Source: Plenoxels section 3.1.
     """
     x, t_starts, t_ends, offsets, ray = walk(cells, rays_o, rays_d, where)
     f = voxel_interp(x, grid.links, grid.values, mask)                                              # (N, 1 + 3B)
@@ -313,7 +321,7 @@ def rays_of(where, camera, xy: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def picture(grid: Grid, where, camera, args, paint: Optional[Tensor] = None) -> dict:
-    """What a camera sees: rgb (H, W, 3) in [0, 1], depth (H, W), and the share of each pixel's weight on rows of paint (M,) bool."""
+    """What a camera sees: rgb (H, W, 3) in [0, 1], depth (H, W), and the share of each pixel's weight on rows of paint (G,) bool."""
     cells, parts = cells_of(solid(grid, 1e-8)), []
     for xy in pixel_grid(where.H, where.W, where.aabb.device).split(1 << 15):
         out = render(grid, cells, *rays_of(where, camera, xy), where, args.stop)
@@ -328,7 +336,7 @@ def picture(grid: Grid, where, camera, args, paint: Optional[Tensor] = None) -> 
 # ---------------------------------------------------------------------------------- tuning: colour loss, total variation, RMSProp
 
 def tv_gradient(grid: Grid, points: Tensor, weight: Tensor, grad: Tensor) -> None:
-    """Add the gradient of total variation at some lattice points (n,), flat indices, to grad (M, F).  weight (F,).
+    """Add the gradient of total variation at some lattice points (n,), flat indices, to grad (G, F).  weight (F,).
 
         TV = weight/n sum_points sqrt(1e-9 + sum_axes d^2), d = v[next along axis] - v[point]; each axis of its
     gradient times points a side / 256 (on a lattice of unequal sides no exact gradient any more).
@@ -353,7 +361,7 @@ class LazyRMSProp:
     """RMSProp that moves only rows with a gradient, each by its own history.
 
         m <- g^2 the first time, then 0.95 m + 0.05 g^2        v <- v - lr g / (sqrt(m) + damp sqrt(mean of m over these rows) + 1e-8)
-    damp 0 (released): a row's first step is the whole lr, however small its gradient. values (M, F), changed in place; lr (F,).
+    damp 0 (released): a row's first step is the whole lr, however small its gradient. values (G, F), changed in place; lr (F,).
     """
     def __init__(self, values: Tensor, damp: float):
         self.m, self.damp = torch.zeros_like(values), damp
@@ -376,20 +384,20 @@ def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask
          damp: float = 0.0, span=(0.0, 1.0)) -> int:
     """Optimiser steps on one frame; replaces grid.values. -> rays used.
 
-    truth (P, 3): all training pixels. draw(n) -> pixels (n,); None: uniform. mask (M,) bool: the rows that may change. lr: first and last
+    truth (P, 3): all training pixels. draw(n) -> pixels (n,); None: uniform. mask (G,) bool: the rows that may change. lr: first and last
     of density, first and last of coefficients; log-linear, from span[0] to span[1] of the way.
     """
     draw = draw or (lambda n: torch.randint(len(truth), (n,), device=truth.device))
     values, columns = grid.values.requires_grad_(), grid.values.shape[1]
     optimiser = LazyRMSProp(grid.values, damp)
     weight = torch.tensor([args.tv_density] + [args.tv_colour] * (columns - 1), device=truth.device)
-    place = active(grid).flatten().nonzero()[:, 0]                                                  # (M,) lattice points of the rows
+    place = active(grid).flatten().nonzero()[:, 0]                                                  # (G,) lattice points of the rows
     place = place if mask is None else place[mask]
     if len(place) == 0:
         raise UserError(f"no voxel is left to tune: none reaches density {args.threshold}: use more --steps, or a lower --threshold")
     n_tv = max(round(args.tv_share * len(place)), 1)
     for k in range(steps):
-        if k % 8 == 0:
+        if k % 8 == 0:                                                                              # what grew since is not seen yet
             cells = cells_of(solid(grid, 1e-8))
         pixel = draw(rays)
         out = render(grid, cells, *training_rays(video, pixel), video, args.stop, mask)
@@ -419,7 +427,10 @@ def from_scratch(video, truth: Tensor, args) -> tuple[Grid, int]:
             grid = resample(grid, [side >> (args.halvings - part) for side in args.lattice], args.threshold, args.ring)
         steps = args.steps * (part + 1) // parts - args.steps * part // parts
         used += tune(grid, video, truth, steps, args.rays, (args.lr_density, args.lr_colour), args, span=(part / parts, (part + 1) / parts))
-    return restrict(grid, active(grid) & dilate(solid(grid, args.threshold), args.ring)), used
+    grid = restrict(grid, active(grid) & dilate(solid(grid, args.threshold), args.ring))
+    if len(grid.values) == 0:
+        raise UserError(f"no voxel of a frame from scratch reaches density {args.threshold}: use more --steps, or a lower --threshold")
+    return grid, used
 
 
 # ------------------------------------------------------------------------------------ where may the next frame change, and what is kept
@@ -472,22 +483,22 @@ def drawing(some: Tensor, others: Tensor, share: float):
     """draw(n): a share of n from the pixels `some`, the rest from `others` (all from the other where one is empty)."""
     def draw(n):
         k = 0 if len(some) == 0 else n if len(others) == 0 else round(share * n)
-        pick = lambda pixels, m: pixels[torch.randint(max(len(pixels), 1), (m,), device=pixels.device)] if m else pixels[:0]
+        pick = lambda pixels, m: pixels[torch.randint(len(pixels), (m,), device=pixels.device)] if m else pixels[:0]
         return torch.cat([pick(some, k), pick(others, n - k)])
     return draw
 
 
 def difference(before: Grid, after: Grid, voxel: float, keep_density: float, keep_colour: float, args) -> tuple[Grid, Tensor]:
-    """What of a tuned grid is worth storing: -> the grid without idle new voxels, keep (M,) bool, its old voxels that really changed.
+    """What of a tuned grid is worth storing: -> the grid without idle new voxels, keep (G,) bool, its old voxels that really changed.
 
         alpha = 1 - exp(-max(0, density) voxel)      shows = the largest alpha, before or after, of a voxel and its neighbours
         keep:  |change of alpha| > keep_density   or   shows sum |change of coefficients| > keep_colour
-    A new voxel for which neither holds, against 0, is idle. voxel: its side [length].
+    A new voxel for which neither holds, against 0, is idle. voxel: its side [length]. Old voxels not in keep still have their tuned values.
     --as-released: keep is sum |change of coefficients| > keep_colour, idle sum |coefficients| < drop_colour.
     """
     Q = active(after)
     rows = before.links[Q]
-    fresh, old, new = rows < 0, rows_at(before, rows), after.values                                 # (M,), (M, F), (M, F)
+    fresh, old, new = rows < 0, rows_at(before, rows), after.values                                 # (G,), (G, F), (G, F)
     change = (new[:, 1:] - old[:, 1:]).abs().sum(1)
     if not args.compress:
         keep, idle = (new != old).any(1), (new == 0).all(1)
@@ -500,56 +511,66 @@ def difference(before: Grid, after: Grid, voxel: float, keep_density: float, kee
         shows = F.max_pool3d(shows[None, None], 3, 1, 1)[0, 0][Q]
         keep = ((a - b).abs() > keep_density) | (shows * change > keep_colour)
         idle = ~keep
-    stay = ~(fresh & idle)
-    Q[Q.clone()] = stay
-    return grid_from(Q, new[stay]), (keep & ~fresh)[stay]
+    stay, left = ~(fresh & idle), torch.zeros_like(Q)
+    left[Q] = stay
+    return grid_from(left, new[stay]), (keep & ~fresh)[stay]
+
+
+def put_back(before: Grid, after: Grid, keep: Tensor) -> Grid:
+    """The grid after, with the old voxels that are not in keep (G,) bool as they were before."""
+    rows = before.links[active(after)]
+    return Grid(after.links, torch.where(((rows >= 0) & ~keep)[:, None], rows_at(before, rows), after.values))
 
 
 def next_pilot(pilot: Grid, video, truth: Tensor, recent: Tensor, voxel: float, draw, args):
-    """The half-resolution model follows the frame, all of its voxels free.  -> pilot, masks (changed, added, removed), rays used."""
+    """The half-resolution model follows the frame, all of its voxels free.  -> pilot, masks (changed, added, removed), rays used.
+
+    recent (V, H, W) bool: pixels that changed lately. voxel: a pilot voxel's side [length]. changed holds added, but not removed.
+    """
     A = active(pilot)
     born = torch.zeros_like(A)
     if args.birth:
-        born = hull(video, unexplained(pilot, video, recent, dilate(hull(video, recent, A.shape)), args), A.shape) & ~dilate(A)
+        suspects = dilate(hull(video, recent, A.shape))                 # a changed pixel that sees a surface among these is explained,
+        orphans = unexplained(pilot, video, recent, suspects, args)     # the others must see something new
+        born = hull(video, orphans, A.shape) & ~dilate(A)
     new = restrict(pilot, dilate(A) | born)
     new.values[new.links[born].long(), 0] = args.birth
     used = tune(new, video, truth, args.pilot_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, draw=draw,
                 damp=args.damp)
     new = restrict(new, active(new) & dilate(solid(new, args.threshold)))
     new, keep = difference(pilot, new, voxel, args.pilot_keep_density, args.pilot_keep_colour, args)
-    rows = pilot.links[active(new)]
-    back = (rows >= 0) & ~keep
-    new.values[back] = pilot.values[rows[back].long()]
     Q = active(new)
     changed = Q & ~A
     changed[Q] |= keep
-    return new, (changed, Q & ~A, A & ~Q), used
+    return put_back(pilot, new, keep), (changed, Q & ~A, A & ~Q), used
 
 
 def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: Tensor, args):
-    """One frame from the one before; no later one is known.  -> grid, keep (M,), pilot, M (X, Y, Z), rays used.
+    """One frame from the one before; no later one is known.  -> grid, keep (G,), pilot, M (X, Y, Z), rays used.
 
     truth (P, 3) its training pixels, recent (V, H, W) bool those that changed lately. Source: paper section 3; differences: top.
     """
     A = active(full)
     shape, nowhere = A.shape, torch.zeros_like(A)                                                   # (X, Y, Z)
     voxel = float(((video.aabb[1] - video.aabb[0]) / torch.tensor(shape, device=A.device)).prod()) ** (1 / 3)
-    M, added, removed, used = ~nowhere, nowhere, nowhere, 0
+    band, M, added, removed, used = ~nowhere, ~nowhere, nowhere, nowhere, 0
     all_pixels, lately = torch.arange(len(truth), device=A.device), recent.flatten().nonzero()[:, 0]
     # 1. the narrow band: a little outside of what there is, a little inside
     if args.mode in ("band", "full"):
-        M = dilate(A, args.ring) & ~erode(A, args.depth)
+        M = band = dilate(A, args.ring) & ~erode(A, args.depth)
     # 2. the pilot goes first; the full model may change only where it did
     if args.mode in ("pilot", "full"):
         draw = drawing(lately, all_pixels, args.changed_share) if args.aim == "changed" else None
         pilot, (changed, added, removed), used = next_pilot(pilot, video, truth, recent, 2 * voxel, draw, args)
         S, added, removed = upsample(changed | removed, shape), upsample(added, shape), upsample(removed, shape)
-        M = dilate(erode(upsample(changed, shape)), 2) & M if args.as_released else dilate(S) & (M | added)
+        M = dilate(S) & (band | added) if not args.as_released else dilate(erode(upsample(changed, shape)), 2) & band
     if args.hull:
         M = M & dilate(hull(video, recent, shape), 2)
     # 3. room for surfaces to move; what appears (seeds) starts as the pilot has it, what vanishes (cleared) from nothing
-    room = A | dilate(A, args.ring) & M
-    seeds, cleared = (room & added, room & removed) if args.as_released else (added & M & ~A, A & removed & M)
+    room = A | (dilate(A, args.ring) & M)                              # new voxels are 0: next to a surface they get a gradient, and grow
+    seeds, cleared = added & M & ~A, A & removed & M
+    if args.as_released:
+        seeds, cleared = room & added, room & removed
     grid = restrict(full, room | seeds if args.seeding else room)
     if args.seeding and seeds.any():
         grid.values[grid.links[seeds].long()] = lookup(pilot, on_lattice(seeds, pilot.links.shape))
@@ -565,7 +586,7 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
         draw = drawing(lately, pixels, args.changed_share if args.aim == "changed" else 0.0)
         used += tune(grid, video, truth, args.tune_steps, args.tune_rays, (args.tune_lr_density, args.tune_lr_colour), args, mask, draw,
                      args.damp)
-    # 5. what became empty goes, what hardly changed is put back (by the decoder)
+    # 5. what became empty goes, what hardly changed is put back (by put_back, or by the decoder)
     stay = grown & (dilate(solid(grid, args.threshold), args.ring) | A & ~M)
     grid, keep = difference(full, restrict(grid, stay), voxel, args.keep_density, args.keep_colour, args)
     return grid, keep, pilot, M, used
@@ -579,8 +600,8 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
 #     index   "INDX" | n | n x (frame number, kind, offset) | CRC32        written last: only a finished stream has one; who plays over a
 #     footer  offset of the index | "StrRFend"                             slow line can fetch it first (StreamReader reads all, to be sure)
 #
-#     payload = LZMA( P xor Q, X Y Z bits | keep, a bit for each voxel of P and Q, in raster order
-#                     | int8 only: scale of each column, F x f32 | added voxels Q \ P, then kept voxels: differences, column by column )
+#     payload = LZMA( P xor Q, X Y Z bits | keep, a bit for each voxel of both P and Q, in raster order | int8, if anything is stored: scale,
+#                     F x f32 | voxels of Q not in P, then kept ones, column by column: int8 steps, or uint16 differences of fp16's bits )
 # P: voxels of the frame before, Q: of this one; a key frame is a difference to P = {}. No counts stored: all sizes follow from the bits.
 
 KEY, DELTA = 0, 1
@@ -598,7 +619,7 @@ class StreamHeader:
     """All that a player needs to know and frames do not say. Floats are float32 in the file."""
     size: tuple[int, int, int]                              # lattice points along x, y, z
     aabb: Tensor                                            # (2, 3) the box
-    degree: int                                             # of the spherical harmonics, 0 to 4
+    degree: int                                             # of the spherical harmonics, 0 to 3
     bg: Tensor                                              # (3,)
     values: Literal["fp16", "int8"]                         # how delta frames store values; key frames: always fp16
     density_step: float                                     # finest quantisation step of int8, > 0: of the companded density
@@ -616,7 +637,7 @@ class StreamHeader:
 
 
 def compand(values: np.ndarray) -> np.ndarray:
-    """Density s -> sign(s) sqrt|s|: fine steps where a little matters, coarse ones where all is opaque. (M, F) -> (M, F), other columns
+    """Density s -> sign(s) sqrt|s|: fine steps where a little matters, coarse ones where all is opaque. (G, F) -> (G, F), other columns
     as they are. Like its inverse made of operations that IEEE 754 rounds exactly: all machines decode the same bits. Example: -9 -> -3."""
     out = values.copy()
     out[:, 0] = np.copysign(np.sqrt(np.abs(out[:, 0])), out[:, 0])
@@ -668,7 +689,7 @@ def predict(P: np.ndarray, Q: np.ndarray, before: np.ndarray) -> tuple[np.ndarra
 
 
 def _flat(header: StreamHeader, grid: Optional[Grid]) -> tuple[np.ndarray, np.ndarray]:
-    """A grid's voxels (X*Y*Z,) bool and values (M, F); None: a grid without voxels."""
+    """A grid's voxels (X*Y*Z,) bool and values (G, F); None: a grid without voxels."""
     if grid is None:
         return np.zeros(np.prod(header.size), bool), np.zeros((0, 1 + 3 * (header.degree + 1) ** 2), np.float32)
     return active(grid).cpu().numpy().ravel(), grid.values.detach().cpu().numpy()
@@ -677,13 +698,13 @@ def _flat(header: StreamHeader, grid: Optional[Grid]) -> tuple[np.ndarray, np.nd
 def encode_frame(header: StreamHeader, prev: Optional[Grid], new: Grid, keep: Optional[Tensor] = None) -> bytes:
     """The payload of one frame: what decode_frame needs to get from `prev` to `new`.
 
-    prev: the frame before, as decoded; None: this is a key frame. keep (M,) bool: the rows of new that are stored although prev has the
+    prev: the frame before, as decoded; None: this is a key frame. keep (G,) bool: the rows of new that are stored although prev has the
     voxel; all other voxels of prev stay exactly as they were (rows that prev does not have are always stored).
     Go on from decode_frame(header, kind, payload, prev), never from `new`: then encoder and player see the same numbers for ever.
     """
     (P, before), (Q, values) = _flat(header, prev), _flat(header, new)
     if not np.isfinite(values).all():
-        raise UserError("a frame to be stored holds values that are not finite: lower the learning rate")
+        raise UserError("a frame to be stored is not finite: lower --tune-lr-density or --tune-lr-colour (frame 0: --lr-...)")
     guess, old = predict(P, Q, before)
     keep = old & keep.cpu().numpy() if prev is not None else old
     rows = np.r_[np.flatnonzero(~old), np.flatnonzero(keep)]                        # added, then kept
@@ -755,7 +776,7 @@ def _crc(data: bytes) -> bytes:
 
 
 def pack_header(h: StreamHeader) -> bytes:
-    """The header's bytes. Two streams with the same bytes here are made with the same settings."""
+    """The header's bytes. A stream is only continued if it begins with just these."""
     if not (0 < min(h.size) and max(h.size) < 2 ** 16 and np.prod(h.size, dtype=np.int64) < 2 ** 31 and min(h.density_step, h.sh_step) > 0):
         raise UserError(f"a stream needs 1 to 65535 points an axis, < 2^31 in all, steps > 0: not {h.size}, {h.density_step}, {h.sh_step}")
     head = FIXED.pack(MAGIC, VERSION, *h.size, h.degree, VALUE_TYPES.index(h.values), h.ndc, h.key_every, len(h.c2w), h.held_out, h.H, h.W,
@@ -938,7 +959,7 @@ def score(grid: Grid, video, t: int, views, args, pictures=None, allowed: Option
     and for the built-in stage psnr_THING where each thing that changes is seen (None: nowhere).
 
     pictures: file for a strip of the first camera: truth | render | voxels that were allowed to change | voxels that were stored.
-    allowed (X, Y, Z), stored (M,) bool: red in proportion to their weight in a pixel.
+    allowed (X, Y, Z), stored (G,) bool: red in proportion to their weight in a pixel.
     """
     scores, errors, grey = [], [], lambda x: 0.6 * x.mean(-1, keepdim=True) + 0.2
     for camera in video.test:
@@ -1005,7 +1026,9 @@ def mean_of(values) -> Optional[float]:
 
 # --------------------------------------------------------------------------------------------------------------- training
 
-FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard", "frames", "play", "seek", "path", "score", "stream"}
+# flags that may change between a run and its --resume or --eval-only (rates: the cure of a loss that is not finite)
+FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard", "frames", "play", "seek", "path", "score", "stream",
+        "lr_density", "lr_colour", "tune_lr_density", "tune_lr_colour"}
 
 
 def check(args: Args) -> None:
@@ -1020,8 +1043,10 @@ def check(args: Args) -> None:
     part = 2 ** max(args.halvings, 1)
     if any(side % part or side < 4 * part or side > 4096 for side in args.lattice):
         raise UserError(f"--lattice {args.lattice}: sides must be multiples of {part}, {4 * part} to 4096 (the pilot has half; --halvings)")
-    if not 0 <= args.degree <= 2 or args.key_every >= 2 ** 31:
-        raise UserError(f"--degree {args.degree} --key-every {args.key_every}: wanted 0, 1 or 2, and less than 2^31")
+    if not 0 <= args.degree <= 2:
+        raise UserError(f"--degree {args.degree}: choose 0, 1 or 2")
+    if args.key_every >= 2 ** 31:
+        raise UserError(f"--key-every {args.key_every} must be less than 2^31")
     if args.play and (args.resume or args.eval_only):
         raise UserError("--play trains nothing: leave --resume and --eval-only away")
 
@@ -1033,11 +1058,11 @@ def train(args: Args) -> dict:
         return play(args)
     torch.manual_seed(args.seed)
     video = to_device(load_video(args.scene, args.data, args.size, args.frames, args.background), args.device)
+    if args.as_released:
+        args = replace(args, aim="all", hull=False, birth=0.0, damp=0.0, memory=1, values="fp16")
     if args.stream and not args.resume and os.path.exists(args.stream):
         raise UserError(f"--stream {args.stream} exists already: give another, or --resume the run that wrote it")
     run = Run("streamrf", video.name, args.out, asdict(args), resume=args.resume)
-    if args.as_released:
-        args = replace(args, aim="all", hull=False, birth=0.0, damp=0.0, memory=1, values="fp16")
     board = tensorboard(run.path) if args.tensorboard else None
     cameras = video.test + video.train
     header = StreamHeader(args.lattice, video.aabb, args.degree, video.bg, args.values, args.density_step, args.sh_step, args.key_every,
@@ -1062,17 +1087,19 @@ def train(args: Args) -> dict:
         truth, start = images.flatten(0, 2), clock.seconds
         clock.start()
         # 1. the grid of this frame
-        kind, keep, M = DELTA if t % args.key_every and args.mode != "scratch" else KEY, None, None
+        kind = KEY if args.mode == "scratch" or t % args.key_every == 0 else DELTA
+        keep = M = None
         if full is None or args.mode == "scratch":
             grid, used = from_scratch(video, truth, args)
         else:
             recent = torch.cat([recent, changed_pixels(images, before, args.change)[None]])[-args.memory:]
             grid, keep, pilot, M, used = next_frame(full, pilot, video, truth, recent.any(0), args)
+            grid = put_back(full, grid, keep) if kind == KEY else grid
         # 2. its difference to the last one, and what a player makes of it: from there it goes on
         payload = encode_frame(header, None if kind == KEY else full, grid, keep)
         last, full = full, to_device(decode_frame(header, kind, payload, full), args.device)
         seconds = clock.stop() - start
-        # 3. a pilot for the frames to come
+        # 3. a pilot for the frames to come, which needs more steps now than it will later
         if t == 0 and args.mode in ("pilot", "full"):
             clock.start()
             pilot = resample(full, [side // 2 for side in args.lattice], args.threshold, 1)
