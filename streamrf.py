@@ -600,8 +600,9 @@ def next_frame(full: Grid, pilot: Optional[Grid], video, truth: Tensor, recent: 
 #     index   "INDX" | n | n x (frame number, kind, offset) | CRC32        written last: only a finished stream has one; who plays over a
 #     footer  offset of the index | "StrRFend"                             slow line can fetch it first (StreamReader reads all, to be sure)
 #
-#     payload = LZMA( P xor Q, X Y Z bits | keep, a bit for each voxel of both P and Q, in raster order | int8, if anything is stored: scale,
-#                     F x f32 | voxels of Q not in P, then kept ones, column by column: int8 steps, or uint16 differences of fp16's bits )
+#     payload = LZMA( P xor Q, X Y Z bits | keep, a bit for each voxel of both P and Q, in raster order
+#                     | int8, if anything is stored: scale, F x f32 | voxels of Q not in P, then kept ones, column by column:
+#                       int8 steps, or uint16 differences of the bits of fp16 )
 # P: voxels of the frame before, Q: of this one; a key frame is a difference to P = {}. No counts stored: all sizes follow from the bits.
 
 KEY, DELTA = 0, 1
