@@ -38,8 +38,9 @@ rays; thresholds, step counts, key frames, the closed loop, the file, and (6), (
 (9) Total variation looks at a run of 1 % of the lattice. Here at random voxels among those that may change: the same lambda weighs more.
 (10) M leaves out what the pilot lost, and speckle is eroded. Here losses count, what the pilot added widens the band, nothing is eroded.
 
-What the runs say (README): a later frame costs an eighth of one from scratch, loses 0.3 dB, and takes 1/38 of its bytes. The hull and births
-earn most of that; the band does nothing in a room of thin walls, and the pilot's mask little beside the hull: its seeds are what counts.
+What the runs say (README): a later frame costs an eighth of one from scratch, loses 0.3 dB, and has 1/38 of the bytes of a sparse fp16 one.
+Hull, damping and births earn most of that; the band does nothing in a room of thin walls, and the pilot's mask little beside the hull: its
+seeds are what counts.
 
     python streamrf.py                                       12 frames of the built-in stage, 64 px: 31.3 dB, 76 s of one core
     python streamrf.py --play runs/.../stream.srf            a film from the file alone; --path free: a flight
