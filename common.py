@@ -1259,9 +1259,10 @@ def stage_things(t: int, c2w: Tensor, K: Tensor, H: int, W: int) -> Tensor:
     return thing[index].view(len(c2w), H, W)
 
 
-def stage_mask(video: Video, t: int, what: str) -> Tensor:
-    """(V, H, W) bool: the pixels of frame t whose centre shows `what`: "ball" | "turning" | "appearing" | "flicker"."""
-    return stage_things(t, video.c2w, video.K[0], video.H, video.W) == STAGE_THINGS.index(what)
+def stage_masks(video: Video, t: int) -> dict[str, Tensor]:
+    """"ball" | "turning" | "appearing" | "flicker" -> (V, H, W) bool on the CPU: the pixels of frame t whose centre shows it."""
+    seen = stage_things(t, video.c2w.cpu(), video.K[0].cpu(), video.H, video.W)
+    return {thing: seen == i for i, thing in enumerate(STAGE_THINGS) if thing != "static"}
 
 
 # ------------------------------------------------------------------------------------------------------- occupancy grid

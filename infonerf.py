@@ -37,8 +37,8 @@ it stores here says nothing about what it stores next door. There the KL, which 
 but not alone: an even fog is the same for all twins, and without the entropy this KL weight ends in one.
 
 What the runs say (README): entropy alone clears the air (bits and opacity off the object fall by far), but gains only 0.4 dB on lego and
-opens holes in surfaces (a fifth of the weight: 0.9 dB); with the KL it is 1.7 dB. At 8 views half of that is left. At 20 times its weight the entropy loses 4 dB, at 200
-times the object is gone, and the run says so.
+opens holes in surfaces (a fifth of the weight: 0.9 dB); with the KL it is 1.7 dB. At 8 views half of that is left. At 20 times its weight the
+entropy loses 4 dB, at 200 times the object is gone, and the run says so.
 
     python infonerf.py --scene lego                                       4 views, 100 px: 18.9 dB, two minutes on one core
     python infonerf.py --scene lego --entropy-weight 0 --kl-weight 0      the same without the terms: 17.2 dB

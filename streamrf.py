@@ -64,9 +64,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (STAGE_THINGS, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, free_path, load_video, ndc_rays,
+from common import (Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, free_path, load_video, ndc_rays,
                     peak_memory_mb, pixel_grid, pixel_rays, psnr, random_state, save_png, save_video, set_random_state, spherical_harmonics,
-                    spread, ssim, stage_mask, tensorboard, to_device)
+                    spread, ssim, stage_masks, tensorboard, to_device)
 from kernels import composite, march, voxel_interp
 
 
@@ -977,7 +977,7 @@ def score(grid: Grid, video, t: int, views, args, pictures=None, allowed: Option
             save_png(pictures, torch.cat([truth, rgb, *red], 1))
     mean = torch.tensor(scores).mean(0).tolist()
     masks = {} if views.mask is None else {"moving": views.mask > 0}
-    masks |= {thing: stage_mask(to_device(video, "cpu"), t, thing) for thing in STAGE_THINGS[1:]} if video.kind == "builtin" else {}
+    masks |= stage_masks(video, t) if video.kind == "builtin" else {}
     inside = {f"psnr_{name}": torch.stack(errors)[mask[video.test].to(video.c2w.device)] for name, mask in masks.items()}
     return {"psnr": mean[0], "ssim": mean[1], "psnr_moving": None,
             **{name: float(-10 * some.mean().log10()) if len(some) else None for name, some in inside.items()}}

@@ -21,3 +21,25 @@ def tiny(tmp_path_factory):
         meta = json.loads(path.read_text())
         path.write_text(json.dumps({**meta, "frames": meta["frames"][:n]}))
     return folder
+
+
+def command(script, monkeypatch, capsys, *words):
+    """Exit status, stdout and stderr of `python SCRIPT.py WORDS`, in this process. script: the imported method."""
+    import common
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+    status = 0
+    try:
+        common.cli(script.PRESETS, script.train)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def assert_refused(outcome, *named):
+    """Status 2, and one line on stderr, without a traceback, that names these words."""
+    status, _, complaint = outcome
+    assert status == 2, outcome
+    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
+    for word in named:
+        assert str(word) in complaint, complaint

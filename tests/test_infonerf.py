@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -24,7 +25,9 @@ from torch.testing import assert_close
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import conftest  # noqa: E402
 import infonerf as inf  # noqa: E402
+from conftest import assert_refused  # noqa: E402
 from infonerf import Args, divergence, entropy, opaque, ray_distribution  # noqa: E402
 
 F64 = torch.float64
@@ -1172,24 +1175,7 @@ def test_killed_twice_and_resumed_ends_bit_equal(tiny, tmp_path):
         assert np.array_equal(*(iio.imread(tmp_path / run / name) for run in "ab"))
 
 
-def command(monkeypatch, capsys, *words):
-    """Exit status, stdout and stderr of `python infonerf.py WORDS`, in this process."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["infonerf.py", *map(str, words)])
-    status = 0
-    try:
-        common.cli(inf.PRESETS, inf.train)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def assert_refused(outcome, *named):
-    status, _, complaint = outcome
-    assert status == 2, outcome
-    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
-    for word in named:
-        assert word in complaint, complaint
+command = partial(conftest.command, inf)
 
 
 @pytest.mark.parametrize("factor, word", [(1e-2, "emptying"), (1e-7, "emptying"), (1e4, "wall")])

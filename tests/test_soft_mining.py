@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -25,7 +26,9 @@ from torch.testing import assert_close
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import conftest  # noqa: E402
 import soft_mining as sm  # noqa: E402
+from conftest import assert_refused  # noqa: E402
 from soft_mining import Args, MultinomialSampler, PixelTable, ReleasedWalkers, Walkers, edge_maps, grad_log_q, soft_weight  # noqa: E402
 
 F64 = torch.float64
@@ -1095,24 +1098,7 @@ def test_killed_before_the_first_checkpoint_there_is_a_way_on(tiny, tmp_path, mo
     assert len(failed) < 2, failed
 
 
-def command(monkeypatch, capsys, *words):
-    """Exit status, stdout and stderr of `python soft_mining.py WORDS`, in this process."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["soft_mining.py", *map(str, words)])
-    status = 0
-    try:
-        common.cli(sm.PRESETS, sm.train)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def assert_refused(outcome, *named):
-    status, _, complaint = outcome
-    assert status == 2, outcome
-    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
-    for word in named:
-        assert word in complaint
+command = partial(conftest.command, sm)
 
 
 def broken(tiny, folder, content):

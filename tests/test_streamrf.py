@@ -7,13 +7,13 @@ import itertools
 import json
 import lzma
 import math
-import os
 import random
 import signal
 import struct
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +25,10 @@ from torch.nn.functional import normalize
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import conftest  # noqa: E402
 import streamrf as sr  # noqa: E402
 from common import UserError  # noqa: E402
+from conftest import assert_refused  # noqa: E402
 from streamrf import (DELTA, KEY, Args, Grid, StreamDamaged, StreamHeader, StreamReader, StreamWriter, active, compand,  # noqa: E402
                       decode_frame, encode_frame, grid_from, pack_header, pack_record)
 
@@ -1551,24 +1553,7 @@ def test_play_scores_as_training_did(stage_run, tmp_path, films, monkeypatch):
         sr.train(Args(play=str(folder / "stream.srf"), out=str(tmp_path / "d"), score=True, scene="stage", device="cpu"))
 
 
-def command(monkeypatch, capsys, *words):
-    """Exit status, stdout and stderr of `python streamrf.py WORDS`, in this process."""
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["streamrf.py", *map(str, words)])
-    status = 0
-    try:
-        common.cli(sr.PRESETS, sr.train)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def assert_refused(outcome, *named):
-    status, _, complaint = outcome
-    assert status == 2, outcome
-    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
-    for word in named:
-        assert str(word) in complaint, complaint
+command = partial(conftest.command, sr)
 
 
 def test_play_of_damaged_files(stage_run, tmp_path, monkeypatch, capsys, films):

@@ -79,22 +79,22 @@ def test_motion_mask_is_where_pictures_differ(film):
         change = (views[t].images - views[t - 1].images).abs().amax(-1)
         assert change[views[t].mask == 0].max() <= 1e-4                 # outside nothing changes, and bit for bit, but for shadows that
         assert (change[~grown(views[t].mask > 0)] == 0).float().mean() > 0.9998                                  # graze a surface
-        shown = [common.stage_mask(video, s, what) for s in (t - 1, t) for what in THINGS]
+        shown = [common.stage_masks(video, s)[what] for s in (t - 1, t) for what in THINGS]
         beside = (views[t].mask > 0) & ~torch.stack(shown).any(0)       # shadows and edges: there something does change
         assert (change[beside] > 1e-4).all()
         assert 0.02 < views[t].mask.mean() < 0.2
         assert views[t].mask[torch.stack(shown).any(0)].all()
         assert (views[t].depth == views[t - 1].depth)[views[t].mask == 0].all()
-    first = torch.stack([common.stage_mask(video, 0, what) for what in THINGS]).any(0)
+    first = torch.stack([common.stage_masks(video, 0)[what] for what in THINGS]).any(0)
     assert torch.equal(views[0].mask, first.float())
 
 
 def test_the_cube_appears(film):
     video, views = film
     before, after = STAGE_APPEARS - 1, STAGE_APPEARS
-    shown = common.stage_mask(video, after, "appearing")
-    assert not common.stage_mask(video, before, "appearing").any() and shown.flatten(1).any(1).all()            # all cameras see it
-    assert torch.equal(shown, common.stage_mask(video, after + 2, "appearing"))                                 # and it rests
+    shown = common.stage_masks(video, after)["appearing"]
+    assert not common.stage_masks(video, before)["appearing"].any() and shown.flatten(1).any(1).all()            # all cameras see it
+    assert torch.equal(shown, common.stage_masks(video, after + 2)["appearing"])                                 # and it rests
     nearer = views[after].depth[shown] < views[before].depth[shown].masked_fill(views[before].depth[shown] == 0, 9) - 0.1
     assert nearer.all()                                                 # in the air, away from everything behind it
     assert common.stage(before)["appearing"] == [] and len(common.stage(after)["appearing"]) == 1
@@ -103,7 +103,7 @@ def test_the_cube_appears(film):
 def test_the_panel_flickers_and_keeps_its_shape(film):
     video, views = film
     for t in range(1, 8):
-        panel = common.stage_mask(video, t, "flicker") & common.stage_mask(video, t - 1, "flicker")
+        panel = common.stage_masks(video, t)["flicker"] & common.stage_masks(video, t - 1)["flicker"]
         assert panel.flatten(1).any(1).all() and torch.equal(views[t].depth[panel], views[t - 1].depth[panel])
         panel &= ~grown(~panel)                                         # without its rim
         change = (views[t].images - views[t - 1].images)[panel].abs().amax(-1)
@@ -128,7 +128,7 @@ def test_ball_and_crate_move_as_they_should(film):
             aside = abs(own) - thing.half
             assert np.linalg.norm(aside.clip(0)) > 0.15, (t, thing)
     for what in ("ball", "turning"):
-        assert not torch.equal(common.stage_mask(video, 0, what), common.stage_mask(video, 4, what))
+        assert not torch.equal(common.stage_masks(video, 0)[what], common.stage_masks(video, 4)[what])
 
 
 def test_cameras_look_in_and_the_held_out_ones_stand_between_others(film):
