@@ -4,16 +4,17 @@ Every operation comes in the same six parts, so that one can be read after the o
     1. the maths            2. `x_ref`: plain PyTorch, the definition (any device, any float dtype)
     3. Triton forward       4. Triton backward       5. `torch.autograd.Function`       6. the public `x(..., backend="auto")`
 
-    march         rays and an occupancy grid         -> packed samples            no gradient
-    composite     densities and colours of samples   -> colour, opacity, depth    gradient to sigmas, rgbs
-    hash_encode   positions and a hashed table       -> features                  gradient to table and positions
-    voxel_interp  positions, index grid, its rows    -> features                  gradient to the rows, or to some of them
+    march            rays and an occupancy grid         -> packed samples            no gradient
+    composite        densities and colours of samples   -> colour, opacity, depth    gradient to sigmas, rgbs
+    hash_encode      positions and a hashed table       -> features                  gradient to table and positions
+    voxel_interp     positions, index grid, its rows    -> features                  gradient to the rows, or to some of them
+    triplane_interp  scenes' positions and planes       -> features                  gradient to the planes
 
-Letters: R rays, N samples, C channels, L levels, F features a level.  Packed samples: those of ray r are the rows
-offsets[r]:offsets[r+1] of every (N, ...) tensor, so that rays may differ in length and none is padded.
+Letters: R rays, N samples, C channels, L levels, F features (of a level), B scenes, H lines and W columns of a plane.
+Packed samples: those of ray r are the rows offsets[r]:offsets[r+1] of every (N, ...) tensor; rays may differ in length, none is padded.
 
 backend:  "reference"  the definition; autograd derives its backward
-          "torch"      hash_encode and voxel_interp: same results, hand-written backward, several times faster on a CPU
+          "torch"      the operations that look features up: same results, hand-written backward, several times faster on a CPU
           "triton"     the kernels below (float32 or float64, in their input's precision)
           "auto"       triton for CUDA tensors, otherwise the fastest of the others
 
@@ -54,7 +55,7 @@ except ImportError as error:                    # macOS, Windows: everything but
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 RAYS, BLOCK = 4, 32      # a program of march or composite: 4 rays, one warp each, 32 steps of the ray at a time (a full 128-byte line)
 POINTS = 128             # a program of hash_encode: this many positions, one level
-VOXEL_CELLS = 512        # a program of voxel_interp: positions x features, at most POINTS positions; see _voxel_sizes
+CELLS = 512              # a program of voxel_interp or triplane_interp: positions x features, at most POINTS positions; see _block_sizes
 
 
 # ---------------------------------------------------------------------------------------------------- shared by the public calls
@@ -730,12 +731,13 @@ def _voxel_backward(x, links, mask, d_out, d_values, N, X, Y, Z, M, F: tl.conste
         tl.atomic_add(d_values + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
 
 
-def _voxel_sizes(F):
-    """F, F rounded up, positions of a program. It has 4 warps, as all here. At F = 28: 16 positions; eight lanes share a row, one 128-bit
-    load or atomic each, and a thread has one row: 40 registers. sm_80 adds one number a lane, so that each lane needs the address of many rows:
-    90 registers, and at 32 positions 161. At F <= 4: 128 positions, one lane a row."""
+def _block_sizes(F):
+    """F, F rounded up, positions of a program of voxel_interp or triplane_interp. It has 4 warps, as all here. At F = 28: 16 positions;
+    eight lanes share a row, one 128-bit load or atomic each, and a thread has one row: 40 registers. sm_80 adds one number a lane, so that
+    each lane needs the address of many rows: 90 registers, and at 32 positions 161. At F <= 4: 128 positions, one lane a row.
+    triplane_interp at F = 12 and 32, 32 and 16 positions: a thread's twelve loads in flight in 48 registers; twice as many take 94."""
     FP = triton.next_power_of_2(F)
-    return F, FP, max(1, min(POINTS, VOXEL_CELLS // FP))
+    return F, FP, max(1, min(POINTS, CELLS // FP))
 
 
 class _VoxelTriton(torch.autograd.Function):
@@ -746,7 +748,7 @@ class _VoxelTriton(torch.autograd.Function):
         (N, (M, F)) = len(x), values.shape
         out = values.new_empty(N, F)
         ctx.save_for_backward(x, links, mask)
-        ctx.sizes = (N, *links.shape, M, *_voxel_sizes(F))
+        ctx.sizes = (N, *links.shape, M, *_block_sizes(F))
         if N:
             with torch.cuda.device_of(x):
                 _voxel_forward[triton.cdiv(N, ctx.sizes[-1]),](x, links, values, out, *ctx.sizes, enable_fp_fusion=True)
@@ -814,9 +816,166 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
     return run[_backend(backend, ("reference", "torch"), x)](x.detach(), links, values, mask)
 
 
+# ============================================================================================================ 5. triplane_interp
+# EG3D section 3: a scene is three planes of features, xy, xz and yz. A position is dropped onto each of them, the four texels around it
+# are interpolated bilinearly, and the three results are summed. Plane (a, b) has a along its columns (W) and b along its rows (H):
+#     p_a = ((a + 1) W - 1) / 2     p_b = ((b + 1) H - 1) / 2     c = floor(p)     u = p - c     (texel i is centred at (2 i + 1) / W - 1)
+#     out = sum_planes sum_{k in {0,1}^2} w_k plane[c_b + k_b, c_a + k_a]          w_k = prod_axis (u if k_axis else 1 - u)
+# A missing texel counts as 0, so that across the cube's faces features fade to nothing (grid_sample: align_corners=False, zeros).
+# The released code, and much that grew from it, samples (x, y), (x, z), (z, x): the third plane is the second one's kind transposed, and
+# none holds a function of y and z jointly. Here, as in the paper, the third is yz.
+# Gradient, with g = dL/dout:  dL/dplane[c_b + k_b, c_a + k_a] += w_k g          for texels that are there; none to x.
+
+def _triplane_cells(x, H, W):
+    """x (B, N, 3) -> cells (3, B, N) int64, weights (4, 3, B, N). Around each plane goes a ring of zeros, the missing texels. A cell is
+    where its lower corner then stands among the B 3 (H+2) (W+2) texels; corner k (bit 0: column, 1: row) is _corner_steps(W)[k] further."""
+    found = []
+    for axes, size in (((0, 0, 1), W), ((1, 2, 2), H)):                             # a, then b, of the planes xy, xz, yz
+        p = ((x.detach().permute(2, 0, 1)[list(axes)] + 1) * (size / 2) - 0.5).clamp(-1, size)      # (3, B, N); passes a NaN on
+        cell = p.floor().long().clamp_(-1, size - 1)
+        found.append((cell + 1, torch.stack([1 - (p - cell), p - cell])))           # the ring moves all by one
+    (col, w_a), (row, w_b) = found
+    plane = torch.arange(3 * len(x), device=x.device).view(-1, 3, 1).transpose(0, 1)                # (3, B, 1)
+    return (plane * (H + 2) + row) * (W + 2) + col, (w_b[:, None] * w_a).flatten(0, 1)
+
+
+def _corner_steps(W):
+    return 0, 1, W + 2, W + 3
+
+
+def triplane_interp_ref(x, planes):
+    cells, weights = _triplane_cells(x, *planes.shape[2:4])
+    rows = nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3)                        # with the ring
+    return sum((rows[cells + step] * w[..., None]).sum(0) for step, w in zip(_corner_steps(planes.shape[3]), weights))      # (B, N, F)
+
+
+@triton.jit
+def _triplane_place(x, m, alive, axis: tl.constexpr, size):
+    """One axis of the positions -> the lower texel, from -1 to size - 1, and its distance u to the position in texels."""
+    x = tl.load(x + m * 3 + axis, alive, 0.0)
+    p = (x + 1) * (0.5 * size) - 0.5
+    p = tl.where(p < -1, -1, tl.where(p > size, size, p)).to(x.dtype)                   # passes a NaN on, as in _place
+    cell = tl.minimum(tl.maximum(tl.floor(p).to(tl.int32), -1), size - 1)
+    return cell, p - cell.to(x.dtype)
+
+
+@triton.jit
+def _triplane_texel(first, col, row, alive, H, W):
+    """A corner's texel, counted over all planes (first: lines of texels in the planes before), and whether it is there."""
+    return (first + row) * W + col, alive & (col >= 0) & (col < W) & (row >= 0) & (row < H)
+
+
+@triton.jit
+def _triplane_forward(x, planes, out, N, H, W, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """Scenes are the second grid axis: programs of one scene run side by side, so that its planes stay in the L2 cache."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    scene = tl.program_id(1).to(tl.int64)
+    alive, m, f = n < N, scene * N + n, tl.arange(0, FP)
+    total = tl.zeros((POINTS, FP), planes.dtype.element_ty)
+    for plane in tl.static_range(3):                                                    # axes (0, 1), (0, 2), (1, 2)
+        ca, ua = _triplane_place(x, m, alive, plane // 2, W)
+        cb, ub = _triplane_place(x, m, alive, (plane + 3) // 2, H)
+        for k in tl.static_range(4):
+            texel, there = _triplane_texel((scene * 3 + plane) * H, ca + (k & 1), cb + (k >> 1), alive, H, W)
+            w = (ua if k & 1 else 1 - ua) * (ub if k >> 1 else 1 - ub)
+            total += w[:, None] * tl.load(planes + texel[:, None] * F + f[None, :], there[:, None] & (f < F)[None, :], 0.0)
+    tl.store(out + m[:, None] * F + f[None, :], total, alive[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def _triplane_backward(x, d_out, d_planes, N, H, W, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
+    """The forward's mirror image: twelve atomic adds of a row of F, fewer where texels are missing."""
+    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    scene = tl.program_id(1).to(tl.int64)
+    alive, m, f = n < N, scene * N + n, tl.arange(0, FP)
+    g = tl.load(d_out + m[:, None] * F + f[None, :], alive[:, None] & (f < F)[None, :], 0.0)
+    for plane in tl.static_range(3):
+        ca, ua = _triplane_place(x, m, alive, plane // 2, W)
+        cb, ub = _triplane_place(x, m, alive, (plane + 3) // 2, H)
+        for k in tl.static_range(4):
+            texel, there = _triplane_texel((scene * 3 + plane) * H, ca + (k & 1), cb + (k >> 1), alive, H, W)
+            w = (ua if k & 1 else 1 - ua) * (ub if k >> 1 else 1 - ub)
+            tl.atomic_add(d_planes + texel[:, None] * F + f[None, :], w[:, None] * g, there[:, None] & (f < F)[None, :], sem="relaxed")
+
+
+class _TriplaneTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, planes):
+        x, planes = x.contiguous(), planes.contiguous()
+        (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
+        out = planes.new_empty(B, N, F)
+        ctx.save_for_backward(x)
+        ctx.shape, ctx.sizes = planes.shape, (N, H, W, *_block_sizes(F))
+        if B and N:
+            with torch.cuda.device_of(x):
+                _triplane_forward[triton.cdiv(N, ctx.sizes[-1]), B](x, planes, out, *ctx.sizes, enable_fp_fusion=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, = ctx.saved_tensors
+        d_out, d_planes = d_out.contiguous(), d_out.new_zeros(ctx.shape)
+        if x.numel():
+            with torch.cuda.device_of(x):
+                _triplane_backward[triton.cdiv(ctx.sizes[0], ctx.sizes[-1]), len(x)](x, d_out, d_planes, *ctx.sizes, enable_fp_fusion=True)
+        return None, d_planes
+
+
+class _TriplaneTorch(torch.autograd.Function):
+    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum of 3 x 4 rows in one pass. Backward: the
+    same turned round. Samples are sorted by cell (3 numbers a sample; by texel it would be 12), so that a cell is a bag of samples; for
+    each corner one embedding_bag sums what they send there, and all of it lands that corner's step further. The sums' order is fixed."""
+    @staticmethod
+    def forward(ctx, x, planes):
+        (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
+        cells, weights = (a.flatten(-2) for a in _triplane_cells(x, H, W))          # (3, B N), (4, 3, B N)
+        ctx.save_for_backward(cells, weights)
+        ctx.shape = planes.shape
+        rows = cells.t().contiguous()[:, :, None] + torch.tensor(_corner_steps(W), device=x.device)
+        out = nnf.embedding_bag(rows.view(B * N, 12), nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3),
+                                per_sample_weights=weights.permute(2, 1, 0).reshape(B * N, 12), mode="sum")
+        return out.view(B, N, F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (cells, weights), (B, _, H, W, F), d_out = ctx.saved_tensors, ctx.shape, d_out.flatten(0, 1)
+        total = d_out.new_zeros(B * 3 * (H + 2) * (W + 2), F)
+        if len(d_out):
+            order = cells.flatten().argsort(stable=True)
+            counts = cells.flatten().bincount(minlength=len(total))
+            samples, starts = order % len(d_out), counts.cumsum(0) - counts
+            for step, w in zip(_corner_steps(W), weights.flatten(1).index_select(1, order)):
+                total[step:] += nnf.embedding_bag(samples, d_out, starts, per_sample_weights=w, mode="sum")[:len(total) - step]
+        return None, total.view(B, 3, H + 2, W + 2, F)[:, :, 1:-1, 1:-1]
+
+
+def triplane_interp(x, planes, backend="auto"):
+    """Features of positions from the three planes of their scene, bilinear and summed (EG3D section 3).  Returns (B, N, F).
+
+    x (B, N, 3): B scenes (on a GPU at most 65535), each with its own positions and planes; -1 and 1 are the planes' outer edges, and from
+    the outermost centres, half a texel inside, to half a texel outside, features fade to 0. planes (B, 3, H, W, F) of x's dtype, finite,
+    channels last, in the order xy, xz, yz: the first letter runs along W, the second along H.
+    Gradient to planes; none to x. On a GPU its sums are atomic: the last bits differ from run to run, on the CPU they do not.
+    Example: H = W = 2, F = 1, texels centred at -1/2 and 1/2; plane xy [[1, 2], [3, 4]], the others 0: (1/2, 0, z) gives (2 + 4)/2 = 3, and
+    (1, 0, z), half a texel further out, half of that.
+    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 48F of gathers or atomics, which stay in the
+    L2 cache where a scene's 12 H W F bytes fit. At F = 32: 140, 140 and 1536, and planes of 1.6 MB at 64^2.
+    A position that is not a number gives NaN, an infinite one lies outside; neither reads outside the planes.
+    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run). Source: EG3D section 3, but not its code's third plane.
+    """
+    _check("x", x, (None, None, 3))
+    _check("planes", planes, (len(x), 3, None, None, None), x)
+    if min(planes.shape[2:]) == 0:
+        raise ValueError(f"planes {tuple(planes.shape)} needs a texel along each axis and a feature")
+    run = {"reference": triplane_interp_ref, "torch": _TriplaneTorch.apply, "triton": _TriplaneTriton.apply}
+    return run[_backend(backend, ("reference", "torch"), x)](x.detach(), planes)
+
+
 # ============================================================================================== python kernels.py: check, time, look inside
 OPERATIONS = ("march", "composite", "hash_encode", "voxel_interp, F = 28", "voxel_interp, F = 28, 10 % of rows", "voxel_interp, F = 28, 1 % of rows",
-              "voxel_interp, F = 4")                        # % of rows: that many receive a gradient
+              "voxel_interp, F = 4", "triplane_interp, F = 12", "triplane_interp, F = 32")      # % of rows: that many receive a gradient
 
 
 def _problem(name, dtype, device, rays):
@@ -855,14 +1014,28 @@ def _problem(name, dtype, device, rays):
         mask, wrt = (draw(M) < float(share[1]) / 100 if share else None), ((draw(M, F) - 0.5).requires_grad_(),)
         moved = (3 + F) * size * N
         return lambda backend: (_pick(voxel_interp, voxel_interp_ref, backend)(x, links, *wrt, mask),), wrt, moved, moved
+    if name.startswith("triplane_interp"):                  # eight scenes of 32 x 32 texels, or four of 64 x 64
+        F = int(re.search(r"F = (\d+)", name)[1])
+        B, side = (8, 32) if F == 12 else (4, 64)
+        x, wrt = 2 * draw(B, 20 * rays // B, 3) - 1, ((draw(B, 3, side, side, F) - 0.5).requires_grad_(),)
+        moved = (3 + F) * size * 20 * rays
+        return lambda backend: (_pick(triplane_interp, triplane_interp_ref, backend)(x, *wrt),), wrt, moved, moved
     levels = hash_levels(8, 16, 256, 16 if device == "cpu" else 19)
     wrt = draw(20 * rays, 3).requires_grad_(), (draw(levels.offsets[-1], 4) - 0.5).requires_grad_()
     moved = (3 + 32) * size * 20 * rays
     return lambda backend: (_pick(hash_encode, hash_encode_ref, backend)(*wrt, levels),), wrt, moved, moved + 3 * size * 20 * rays
 
 
+def _grid_sample(x, planes):
+    """triplane_interp as the library's one call for all planes at once; planes (B, 3, H, W, F) are channels last to it already."""
+    (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
+    places = torch.stack([x[..., :2], x[..., ::2], x[..., 1:]], 1)                          # (B, 3, N, 2)
+    out = nnf.grid_sample(planes.reshape(B * 3, H, W, F).permute(0, 3, 1, 2), places.view(B * 3, 1, N, 2), align_corners=False)
+    return out.view(B, 3, F, N).sum(1).transpose(1, 2)
+
+
 def _pick(public, reference, backend):
-    """A backend's name, or a function that wraps the reference (torch.compile)."""
+    """A backend's name, or a function of the reference that gives what runs instead (torch.compile; grid_sample)."""
     return backend(reference) if callable(backend) else lambda *inputs: public(*inputs, backend=backend)
 
 
@@ -923,10 +1096,11 @@ def benchmark(rays, with_compile=True, seconds=1.0):
     for name in OPERATIONS:
         backends = ["reference"] if name in ("march", "composite") else ["reference", "torch"]
         backends = backends + (["triton"] if device == "cuda" and not NO_TRITON else [])
+        backends = backends + (["grid_sample"] if name.startswith("triplane_interp") else [])
         for backend in backends + (["compiled reference"] if with_compile and name != "march" else []):
             row = {"operation": name, "backend": backend}
             rows.append(row)
-            run = torch.compile if backend == "compiled reference" else backend
+            run = {"compiled reference": torch.compile, "grid_sample": lambda reference: _grid_sample}.get(backend, backend)
             try:
                 problem = _disagreement(name, run, device, rays)
             except Exception as error:                      # torch.compile where no C++ compiler works
@@ -935,8 +1109,8 @@ def benchmark(rays, with_compile=True, seconds=1.0):
                 row["failed"] = problem
                 continue
             call, wrt, bytes_forward, bytes_backward = _problem(name, torch.float32, device, rays)
-            if callable(run):
-                compiled = torch.compile({"composite": composite_ref, "hash_encode": hash_encode_ref}.get(name, voxel_interp_ref))
+            if backend == "compiled reference":
+                compiled = torch.compile(globals()[name.split(",")[0] + "_ref"])
                 run = lambda reference: compiled            # noqa: E731  (compiled once, timed often)
             with torch.no_grad():
                 row["forward_ms"] = _seconds(lambda: call(run), device, seconds) * 1e3
@@ -962,10 +1136,12 @@ def kernel_list():
             (f"hash_encode, {what}, F = {F}", kernel, {"F": F, "FP": F, "POINTS": POINTS, **levels}, {"enable_fp_fusion": True}) for F in (4, 2)
             for what, kernel, levels in (("forward", _hash_forward, {}), ("backward to table", _hash_backward_table, {}),
                                          ("backward to x", _hash_backward_x, {"L": 8}))] + [
-            (f"voxel_interp, {what}, F = {F}", kernel, {**dict(zip(("F", "FP", "POINTS"), _voxel_sizes(F))), **mask},
+            (f"voxel_interp, {what}, F = {F}", kernel, {**dict(zip(("F", "FP", "POINTS"), _block_sizes(F))), **mask},
              {"enable_fp_fusion": True}) for F in (28, 4)
             for what, kernel, mask in (("forward", _voxel_forward, {}), ("backward to values", _voxel_backward, {"mask": None}),
-                                       ("backward to values, masked", _voxel_backward, {}))]
+                                       ("backward to values, masked", _voxel_backward, {}))] + [
+            (f"triplane_interp, {what}, F = {F}", kernel, dict(zip(("F", "FP", "POINTS"), _block_sizes(F))), {"enable_fp_fusion": True})
+            for F in (12, 32) for what, kernel in (("forward", _triplane_forward), ("backward to planes", _triplane_backward))]
 
 
 def resources(kernel, constants, options, capability, dtype="fp32"):
@@ -973,7 +1149,7 @@ def resources(kernel, constants, options, capability, dtype="fp32"):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     types = {"occupied": "*u8", "offsets": "*i64", "counts": "*i64", "ray_ids": "*i64", "layout": "*i32", "links": "*i32", "mask": "*u8",
-             **dict.fromkeys("RNLMXYZ", "i32"),
+             **dict.fromkeys("RNLMXYZHW", "i32"),
              **dict.fromkeys(("step", "near", "far", "early_stop"), "fp64"), **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, "*" + dtype) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
@@ -1008,7 +1184,7 @@ def _print_table(rows):
 def main():
     parser = argparse.ArgumentParser(description="Check every operation against its float64 reference, then time it.")
     parser.add_argument("--rays", type=int, default=65536 if torch.cuda.is_available() else 1024,
-                        help="rays; hash_encode and voxel_interp take 20 positions a ray")
+                        help="rays; hash_encode, voxel_interp and triplane_interp take 20 positions a ray")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each number")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
     parser.add_argument("--resources", action="store_true", help="compile the Triton kernels for sm_80, sm_90, sm_100; needs no GPU")

@@ -19,7 +19,7 @@ from torch.autograd import grad, gradcheck
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
-from kernels import composite, hash_encode, hash_levels, march, voxel_interp  # noqa: E402
+from kernels import composite, hash_encode, hash_levels, march, triplane_interp, voxel_interp  # noqa: E402
 
 INTERPRET, CUDA = kernels.INTERPRET, torch.cuda.is_available()
 if INTERPRET:
@@ -753,6 +753,215 @@ def test_voxel_links_beyond_values(backend):
             run(voxel_interp, backend, x, links, values)
 
 
+# -------------------------------------------------------------------------------------------------------------------- triplane_interp
+AXES = ((0, 1), (0, 2), (1, 2))                             # along the columns and the rows of the planes xy, xz, yz
+
+
+def slow_triplane(x, planes, cotangent=None):
+    """Output, gradient to planes. A texel is a tent around its centre, 1 there and 0 one texel further; every sample meets every texel."""
+    (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
+    out, d_planes = torch.zeros(B, N, F, dtype=F64), torch.zeros_like(planes)
+    tent = lambda at, i, size: max(0.0, 1 - abs(at - ((2 * i + 1) / size - 1)) * size / 2)      # noqa: E731
+    for b, n, plane in itertools.product(range(B), range(N), range(3)):
+        across, down = (x[b, n, axis].item() for axis in AXES[plane])
+        for row, col in itertools.product(range(H), range(W)):
+            w = tent(across, col, W) * tent(down, row, H)
+            if w > 0:
+                out[b, n] += w * planes[b, plane, row, col]
+                if cotangent is not None:
+                    d_planes[b, plane, row, col] += w * cotangent[b, n]
+    return out, d_planes
+
+
+def triplane_problem(B, N, F, H, W, seed=0, reach=1.3):
+    """Positions also outside the cube; all numbers exact in float32."""
+    g = generator(seed)
+    x = (torch.rand(B, N, 3, generator=g) * 2 - 1) * reach
+    return x.double(), torch.randn(B, 3, H, W, F, generator=g).double()
+
+
+def triplane_all(backend, x, planes, cotangent):
+    planes = planes.detach().requires_grad_()
+    out = run(triplane_interp, backend, x, planes)
+    return [out.detach(), grad(out, planes, cotangent.to(out))[0]]
+
+
+def triplane_cotangent(*shape, seed=61):
+    return torch.randn(*shape, generator=generator(seed)).double()
+
+
+@over_hash
+@pytest.mark.parametrize("B,N,F,H,W", [(0, 3, 2, 2, 2), (2, 0, 4, 3, 3), (1, 1, 12, 4, 4), (2, 33, 3, 5, 2), (2, 129, 1, 1, 1),
+                                       (3, 17, 32, 3, 6), (2, 131, 4, 2, 3), (1, 40, 12, 4, 7)])
+def test_triplane_is_the_slow_loop(backend, B, N, F, H, W):
+    x, planes = triplane_problem(B, N, F, H, W, seed=60)
+    edge = 1 + 1 / W
+    for scene in x:                                         # the cube's corners and middle, a texel's centre, where fading ends, far out
+        scene[:7] = torch.tensor([[-1, -1, -1], [1, 1, 1], [0, 0, 0], [1 / W - 1, 1 / H - 1, 1 - 1 / H], [edge, 0, -edge], [1, -1, 0.5],
+                                  [9, -9, 0.1]], dtype=F64)[:N]
+    cotangent = triplane_cotangent(B, N, F)
+    for a, b in zip(triplane_all(backend, x, planes, cotangent), slow_triplane(x, planes, cotangent)):
+        assert_close(a, b, 1e-13)
+
+
+@over_hash
+@pytest.mark.parametrize("H,W", [(8, 8), (5, 9)])
+def test_triplane_is_grid_sample(backend, H, W):
+    """The library's sampling, plane by plane."""
+    x, planes = triplane_problem(2, 60, 12, H, W, seed=62)
+    cotangent, wrt = triplane_cotangent(2, 60, 12), planes.clone().requires_grad_()
+    wanted = sum(torch.nn.functional.grid_sample(wrt[:, plane].permute(0, 3, 1, 2), x[:, None][..., list(AXES[plane])], mode="bilinear",
+                                                 padding_mode="zeros", align_corners=False)[:, :, 0].transpose(1, 2) for plane in range(3))
+    found = triplane_all(backend, x, planes, cotangent)
+    assert_close(found[0], wanted.detach(), 1e-13), assert_close(found[1], grad(wanted, wrt, cotangent)[0], 1e-13)
+    assert_close(kernels._grid_sample(x, planes), wanted.detach(), 1e-13)
+
+
+@over_hash
+def test_triplane_gradcheck(backend):
+    x, planes = triplane_problem(2, 4, 2, 2, 3, seed=63)
+    assert gradcheck(lambda p: run(triplane_interp, backend, x, p), (planes.requires_grad_(),), fast_mode=INTERPRET, nondet_tol=1e-12)
+
+
+@over_hash
+def test_triplane_by_hand(backend):
+    """Texels of 2 x 2 are centred at -1/2 and 1/2: half-way between rows in column 1; a quarter of the way; half of it missing."""
+    planes = torch.zeros(1, 3, 2, 2, 1, dtype=F64)
+    planes[0, 0] = torch.tensor([[1.0, 2], [3, 4]])[..., None]
+    x = torch.tensor([[[0.5, 0, 7], [-0.25, -0.5, 0], [1, 0, 0], [-0.5, 1, 0]]], dtype=F64)
+    out, d_planes = triplane_all(backend, x, planes, torch.tensor([1.0, 10, 100, 1000]).view(1, 4, 1))
+    assert out.flatten().tolist() == [3, 1.25, 1.5, 1.5]
+    assert d_planes[0, 0, ..., 0].tolist() == [[7.5, 0.5 + 2.5 + 25], [500, 0.5 + 25]]
+    planes = torch.tensor([[1.0, 10, 100]], dtype=F64).view(1, 3, 1, 1, 1)             # one texel each: what each plane adds
+    x = torch.tensor([[[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [2, 0, 0], [0, -2, 0], [0, 0, 2]]], dtype=F64)
+    assert run(triplane_interp, backend, x, planes).flatten().tolist() == [111, 105.5, 60.5, 56, 100, 10, 1]
+
+
+@over_hash
+@pytest.mark.parametrize("plane", [0, 1, 2])
+def test_triplane_each_plane_sees_its_two_axes(backend, plane):
+    """A function of two axes jointly lives in their own plane, exactly where it is bilinear; that plane knows nothing of the third axis.
+    Where the third plane is one more xz plane, as in the released code, no plane holds one of y and z."""
+    (across, down), H, W = AXES[plane], 6, 5
+    bilinear = lambda a, b: 2 + a - 4 * b + 3 * a * b                                   # noqa: E731
+    centre = lambda size: (2 * torch.arange(size, dtype=F64) + 1) / size - 1            # noqa: E731
+    planes = torch.zeros(1, 3, H, W, 1, dtype=F64)
+    planes[0, plane, ..., 0] = bilinear(centre(W), centre(H)[:, None])
+    x = triplane_problem(1, 50, 1, H, W, seed=64, reach=0.8)[0]                         # between the outermost centres
+    out = run(triplane_interp, backend, x, planes)
+    assert_close(out[..., 0], bilinear(x[..., across], x[..., down]), 1e-14)
+    for axis in range(3):
+        moved = x.clone()
+        moved[..., axis] *= -0.9
+        changes = (run(triplane_interp, backend, moved, planes) - out).abs()
+        assert (changes > 1e-3).double().mean() > 0.9 if axis in (across, down) else not changes.any()
+
+
+@over_hash
+def test_triplane_linear_precision(backend):
+    """Planes that hold linear functions add up to one, up to half a texel from the faces."""
+    B, H, W = 2, 4, 7
+    slope = triplane_cotangent(B, 3, 2, 3, seed=65)                                     # of each plane along its columns, rows, and at 0
+    col, row = (2 * torch.arange(W, dtype=F64) + 1) / W - 1, (2 * torch.arange(H, dtype=F64) + 1) / H - 1
+    values = slope[..., 0, None, None] * col + slope[..., 1, None, None] * row[:, None] + slope[..., 2, None, None]     # (B, 3, 2, H, W)
+    x = triplane_problem(B, 40, 1, H, W, seed=66, reach=0.75)[0]
+    a, b = x[..., [0, 0, 1], None], x[..., [1, 2, 2], None]                             # (B, N, 3, 1)
+    s = slope[:, None]
+    wanted = (s[..., 0] * a + s[..., 1] * b + s[..., 2]).sum(2)
+    assert_close(run(triplane_interp, backend, x, values.permute(0, 1, 3, 4, 2)), wanted, 1e-14)
+
+
+@over_hash
+def test_triplane_outside_is_zero(backend):
+    """All ones: 3 inside; on a face two planes give half, half a texel further nothing, nor beyond; and nothing goes back from there."""
+    planes, at = torch.ones(1, 3, 4, 4, 2, dtype=F64), torch.tensor([0.5, 1, 1.125, 1.25, 1.5, 100, 1e30, INF], dtype=F64)
+    for axis, sign in itertools.product(range(3), (1, -1)):
+        x = torch.full((1, 8, 3), 0.1, dtype=F64)
+        x[..., axis] = sign * at
+        out, d_planes = triplane_all(backend, x, planes, torch.ones(1, 8, 2))
+        assert_close(out[0, :, 0], torch.tensor([3, 2, 1.5, 1, 1, 1, 1, 1], dtype=F64), 1e-14)
+        assert_close(d_planes.sum(), 2 * torch.tensor(3 + 2 + 1.5 + 5, dtype=F64), 1e-14)
+        x[..., (axis + 1) % 3], x[..., (axis + 2) % 3] = -INF, 9
+        out, d_planes = triplane_all(backend, x, planes, torch.ones(1, 8, 2))
+        assert not out.any() and not d_planes.any()
+
+
+@over_hash
+def test_triplane_passes_nan_on(backend):
+    """A position that is not a number must show in the result, next to another far outside too, and not read outside the planes."""
+    x, planes = triplane_problem(2, 5, 3, 3, 2, seed=67)
+    x[0, 1, 2], x[1, 2] = NAN, torch.tensor([INF, NAN, -INF])
+    out = run(triplane_interp, backend, x, planes)
+    bad = torch.zeros(2, 5, dtype=torch.bool)
+    bad[0, 1] = bad[1, 2] = True
+    assert out[bad].isnan().all() and out[~bad].isfinite().all()
+
+
+@over_hash
+def test_triplane_carries_no_gradient_to_x(backend):
+    x, planes = triplane_problem(2, 7, 2, 3, 3, seed=68)
+    assert not run(triplane_interp, backend, x.requires_grad_(), planes).requires_grad
+    out = run(triplane_interp, backend, x, planes.requires_grad_())
+    d_x, d_planes = grad(out.sum(), (x, planes), allow_unused=True)
+    assert d_x is None and d_planes.any()
+
+
+@over_hash
+def test_triplane_scenes_do_not_mix_and_samples_add_up(backend):
+    """Each scene as if alone; a scene without a cotangent gets no gradient; 70 samples at one place send 70 times one's gradient."""
+    x, planes = triplane_problem(3, 19, 12, 4, 4, seed=69)
+    cotangent = triplane_cotangent(3, 19, 12)
+    together = triplane_all(backend, x, planes, cotangent)
+    for b in range(3):
+        for a, alone in zip(together, triplane_all(backend, x[b:b + 1], planes[b:b + 1], cotangent[b:b + 1])):
+            assert_close(a[b:b + 1], alone, 1e-14)
+    cotangent[1] = 0
+    d_planes = triplane_all(backend, x, planes, cotangent)[1]
+    assert not d_planes[1].any() and d_planes[0].any() and d_planes[2].any()
+    one = triplane_all(backend, x[:, :1], planes, cotangent[:, :1])[1]
+    assert_close(triplane_all(backend, x[:, :1].expand(3, 70, 3), planes, cotangent[:, :1].expand(3, 70, 12))[1], 70 * one)
+
+
+@over_hash
+@pytest.mark.parametrize("B,N,F,H,W", [(3, 65, 12, 8, 8), (1, 200, 32, 5, 7), (2, 130, 4, 32, 32)])
+def test_triplane_float32_is_as_good_as_pytorch(backend, B, N, F, H, W):
+    x, planes = triplane_problem(B, N, F, H, W, seed=70)
+    cotangent = triplane_cotangent(B, N, F)
+    exact, plain = triplane_all("reference", x, planes, cotangent), triplane_all("reference", x.float(), planes.float(), cotangent)
+    assert_as_good_as(triplane_all(backend, x.float(), planes.float(), cotangent), plain, exact)
+
+
+@over_hash
+def test_triplane_of_views(backend):
+    """Sliced and reordered positions, planes channels first in memory, expanded cotangents; one position and one scene expanded."""
+    x, planes = triplane_problem(3, 12, 3, 4, 5, seed=71)
+    first = planes.permute(0, 1, 4, 2, 3).contiguous()
+    views = x.flip(2).transpose(0, 1).contiguous().transpose(0, 1)[:, ::2], first.permute(0, 1, 3, 4, 2)
+    assert not any(view.is_contiguous() for view in views)
+    cotangent = torch.tensor([[[2.0]]], dtype=F64).expand(3, 6, 3)
+    for a, b in zip(triplane_all(backend, *views, cotangent), slow_triplane(*views, cotangent)):
+        assert_close(a, b)
+    one = x[:1, :1].expand(2, 5, 3), planes[:1, :, :, :, :1].expand(2, 3, 4, 5, 3)
+    for a, b in zip(triplane_all(backend, *one, cotangent[:2, :5]), slow_triplane(*(a.clone() for a in one), cotangent[:2, :5])):
+        assert_close(a, b)
+
+
+@pytest.mark.skipif(INTERPRET, reason="about the PyTorch path")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+def test_triplane_keeps_every_float_type(dtype):
+    x, planes = triplane_problem(2, 9, 4, 3, 3, seed=72)
+    for backend in ("reference", "torch"):
+        found = triplane_all(backend, x.to(dtype), planes.to(dtype), torch.ones(2, 9, 4))
+        assert {a.dtype for a in found} == {dtype} and all(a.isfinite().all() for a in found)
+
+
+@pytest.mark.skipif(INTERPRET, reason="about the PyTorch path")
+def test_triplane_on_the_cpu_is_deterministic():
+    x, planes = triplane_problem(2, 20000, 12, 16, 16, seed=73)
+    first, *others = (triplane_all("auto", x.float(), planes.float(), triplane_cotangent(2, 20000, 12)) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
 # ---------------------------------------------------------------------------------------------------------------------- all together
 @over_hash
 def test_thirty_steps_of_training_agree(backend):
@@ -789,6 +998,8 @@ GOOD_COMPOSITE = dict(sigmas=torch.ones(4), rgbs=torch.ones(4, 3), t_starts=torc
 GOOD_HASH = dict(x=torch.ones(4, 3), table=torch.ones(MIXED.offsets[-1], 2), levels=MIXED)
 GOOD_VOXEL = dict(x=torch.ones(4, 3), links=torch.zeros(2, 3, 2).int(), values=torch.ones(5, 4), mask=torch.ones(5, dtype=torch.bool))
 
+GOOD_TRIPLANE = dict(x=torch.ones(2, 4, 3), planes=torch.ones(2, 3, 4, 5, 2))
+
 
 @pytest.mark.parametrize("function,good,wrong", [
     (march, GOOD_MARCH, dict(rays_o=torch.zeros(2, 2))), (march, GOOD_MARCH, dict(rays_d=torch.zeros(3, 3))), (march, GOOD_MARCH, dict(step=0.0)),
@@ -808,7 +1019,15 @@ GOOD_VOXEL = dict(x=torch.ones(4, 3), links=torch.zeros(2, 3, 2).int(), values=t
     (voxel_interp, GOOD_VOXEL, dict(links=torch.zeros(2, 1, 2).int())), (voxel_interp, GOOD_VOXEL, dict(links=[0])),
     (voxel_interp, GOOD_VOXEL, dict(values=torch.ones(5))), (voxel_interp, GOOD_VOXEL, dict(values=torch.ones(5, 0))),
     (voxel_interp, GOOD_VOXEL, dict(values=torch.ones(5, 4, device="meta"))), (voxel_interp, GOOD_VOXEL, dict(mask=torch.ones(5))),
-    (voxel_interp, GOOD_VOXEL, dict(mask=torch.ones(4, dtype=torch.bool))), (voxel_interp, GOOD_VOXEL, dict(backend="cuda"))])
+    (voxel_interp, GOOD_VOXEL, dict(mask=torch.ones(4, dtype=torch.bool))), (voxel_interp, GOOD_VOXEL, dict(backend="cuda")),
+    (triplane_interp, GOOD_TRIPLANE, dict(x=torch.ones(4, 3))), (triplane_interp, GOOD_TRIPLANE, dict(x=torch.ones(2, 4, 2))),
+    (triplane_interp, GOOD_TRIPLANE, dict(x=torch.ones(3, 4, 3))), (triplane_interp, GOOD_TRIPLANE, dict(x=torch.ones(2, 4, 3).double())),
+    (triplane_interp, GOOD_TRIPLANE, dict(x=torch.ones(2, 4, 3).long())), (triplane_interp, GOOD_TRIPLANE, dict(x=[0.0])),
+    *((triplane_interp, GOOD_TRIPLANE, dict(planes=torch.ones(shape))) for shape in
+      ((2, 2, 4, 5, 2), (2, 3, 4, 5), (2, 3, 0, 5, 2), (2, 3, 4, 0, 2), (2, 3, 4, 5, 0))),
+    (triplane_interp, GOOD_TRIPLANE, dict(planes=torch.ones(2, 3, 4, 5, 2, device="meta"))),
+    (triplane_interp, GOOD_TRIPLANE, dict(planes=torch.ones(2, 3, 4, 5, 2).long())),
+    (triplane_interp, GOOD_TRIPLANE, dict(backend="cuda"))])
 def test_wrong_input_is_one_clear_line(function, good, wrong):
     with pytest.raises(ValueError) as error:
         function(**{**good, **wrong})
@@ -818,7 +1037,8 @@ def test_wrong_input_is_one_clear_line(function, good, wrong):
 
 @pytest.mark.skipif(INTERPRET, reason="Triton does run here")
 def test_triton_backend_on_cpu_tensors_says_why_not():
-    for function, good in ((march, GOOD_MARCH), (composite, GOOD_COMPOSITE), (hash_encode, GOOD_HASH), (voxel_interp, GOOD_VOXEL)):
+    for function, good in ((march, GOOD_MARCH), (composite, GOOD_COMPOSITE), (hash_encode, GOOD_HASH), (voxel_interp, GOOD_VOXEL),
+                           (triplane_interp, GOOD_TRIPLANE)):
         function(**good)                                                # auto finds something that runs
         with pytest.raises(RuntimeError, match="CUDA|Triton cannot be imported"):
             function(**good, backend="triton")
@@ -869,13 +1089,14 @@ def test_kernels_compile_without_spills(capability, dtype):
     if not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump")):
         pytest.skip(f"this Triton comes without ptxas and cuobjdump in {tools}")
     listed = kernels.kernel_list()
-    assert {kernel for _, kernel, _, _ in listed} == {value for name, value in vars(kernels).items() if name.startswith("_") and hasattr(value, "arg_names")
-                                                      and not name.endswith(("_slab", "_to_grid", "_cell", "_divide", "_join", "_before", "_alpha", "_place", "_row"))}
+    helpers = ("_slab", "_to_grid", "_cell", "_divide", "_join", "_before", "_alpha", "_place", "_row", "_texel")
+    assert {kernel for _, kernel, _, _ in listed} == {value for name, value in vars(kernels).items() if name.startswith("_")
+                                                      and hasattr(value, "arg_names") and not name.endswith(helpers)}
     for label, *what in listed:
         found = kernels.resources(*what, capability, dtype)
         assert found["local"] == 0 and found["spill_instructions"] == 0 and found["registers"] <= (128 if dtype == "fp32" else 255), (label, found)
-        assert (found["atomics"] != "-") == ("to table" in label or "to values" in label), (label, found)
-        if dtype == "fp32" and "voxel" in label:                                    # whole rows, or eight lanes a row of 28
+        assert (found["atomics"] != "-") == ("to table" in label or "to values" in label or "to planes" in label), (label, found)
+        if dtype == "fp32" and ("voxel" in label or "triplane" in label):           # whole rows, or several lanes a row
             assert "LDG.E.128" in found["loads"], (label, found)
         if dtype == "fp32" and "hash" in label and "to table" not in label:         # a row of features is one load
             assert ("LDG.E.128" if "F = 4" in label else "LDG.E.64") in found["loads"], (label, found)
