@@ -2,8 +2,8 @@
 
 Read it once, top to bottom:
     errors and command line | rays | pictures read from disk | Blender scenes | LLFF scenes | DTU scenes |
-    the built-in scene | scene look-up | video scenes | the built-in video | occupancy grid | spherical harmonics | metrics |
-    camera paths and pictures | run folder | commands
+    the built-in scene | scene look-up | video scenes | the built-in video | families of many scenes | the built-in family |
+    occupancy grid | spherical harmonics | metrics | camera paths and pictures | run folder | commands
 
 Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the camera looks along -z. `K` (3, 3) speaks of
 pixels of the images that were really loaded; the centre of the pixel in row i, column j is x = j + 0.5, y = i + 0.5. Ray
@@ -12,7 +12,9 @@ directions are unit vectors, so a distance t along a ray is metric.
     python common.py compare runs/a runs/b       # a table and one picture; with --curves FILE.svg PSNR against cost
     python common.py download lego               # a real scene -> data/nerf_synthetic/lego
     python common.py bricks --out data/bricks    # the built-in scene, written as files
+    python common.py cars --out data/cars        # some of the built-in family, the same
 """
+import colorsys
 import contextlib
 import html
 import http.client
@@ -315,16 +317,18 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def read_images(paths: list[Path], size: int | None, bg: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-    """Read, shrink, blend onto bg: images (V, h, w, 3), alpha (V, h, w) or None, and the size (H, W) of the files.
+def read_images(paths: list[Path], size: int | None, bg: Tensor, square: bool = False) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """Read, shrink, blend onto bg: images (V, h, w, 3), alpha (V, h, w) or None, and the size (H, W) of the files. square: of each picture
+    the central square alone.
 
     The average of c * alpha is what a camera with larger pixels would see; averaging c itself would let the meaningless
     colour of transparent pixels bleed into edges. So: premultiply, average, then add (1 - alpha) bg.
     """
     first = read_image(paths[0])
     H, W = first.shape[:2]
-    h, w = fit_size(H, W, size, paths[0])
-    down, right = area_weights(H, h), area_weights(W, w)
+    top, left, rows, cols = ((H - min(H, W)) // 2, (W - min(H, W)) // 2, min(H, W), min(H, W)) if square else (0, 0, H, W)
+    h, w = fit_size(rows, cols, size, paths[0])
+    down, right = area_weights(rows, h), area_weights(cols, w)
     images = np.empty((len(paths), h, w, 3), np.float32)
     alphas = np.ones((len(paths), h, w), np.float32)
     back = bg.numpy()
@@ -333,6 +337,7 @@ def read_images(paths: list[Path], size: int | None, bg: Tensor) -> tuple[Tensor
         image = first if v == 0 else read_image(paths[v])
         if image.shape[:2] != (H, W):
             raise UserError(f"{paths[v]}: {_wh(image)} px, but {paths[0].name} has {W}x{H}: all images of a scene must agree")
+        image = image[top:top + rows, left:left + cols]
         has_alpha = image.shape[2] == 4
         if has_alpha:
             image[..., :3] *= image[..., 3:]
@@ -595,8 +600,8 @@ def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> t
         rays_o, rays_d = (torch.cat([x, x[-1:].expand(pad_rays, 3)]) for x in (rays_o, rays_d))
     o, d = (x.reshape(-1, packet, 3).mT.contiguous() for x in (rays_o, rays_d))        # (B, 3, packet): sums over x, y, z are fast so
     apex, axis = o.mean(2), F.normalize(d.mean(2), dim=-1)                             # the middle ray
-    spread = (o - apex[..., None]).norm(dim=1).amax(1, keepdim=True)                   # |o_i - apex|
-    chord = (d - axis[..., None]).norm(dim=1).amax(1, keepdim=True)                    # |d_i - axis|: a ray strays by chord * t
+    spread = (o - apex[..., None]).square().sum(1).amax(1, keepdim=True).sqrt()        # |o_i - apex|; norm(dim=1) takes 40 times as long
+    chord = (d - axis[..., None]).square().sum(1).amax(1, keepdim=True).sqrt()         # |d_i - axis|: a ray strays by chord * t
     radius, distance = shapes.half.norm(dim=-1), shapes.centre.norm(dim=-1)            # of a ball around each primitive
     pad = spread + chord * (apex.norm(dim=-1, keepdim=True) + spread + (distance + radius).max()) + 1e-4               # (B, 1)
     along = axis @ shapes.centre.T - (axis * apex).sum(-1, keepdim=True)               # (B, P)
@@ -617,7 +622,8 @@ def first_hit(shapes: _Packed, rays_o: Tensor, rays_d: Tensor, packet: int) -> t
     t, index = torch.full((len(o), packet), torch.inf), torch.full((len(o), packet), -1)
     active, rank = count.nonzero().squeeze(1), 0
     while len(active):
-        wide = max(1, 4096 // len(active))              # candidates per packet at a time: many once few packets are left
+        wide = min((1 << 16) // packet // len(active), int(count[active].max()) - rank)              # candidates per packet at a time:
+        wide = max(1, wide)                                                                          # many once few packets are left
         row = start[active, None] + (rank + torch.arange(wide)).clamp_max(count[active, None] - 1)   # (A, wide)
         a, q = active.repeat_interleave(wide), p[row.flatten()]
         hits = torch.empty(len(q), packet)
@@ -937,6 +943,8 @@ def find_scene(name: str, data: Path) -> Path | None:
         return folder
     if name in BUILTIN_VIDEOS or any(name in names for names in VIDEO_SCENES.values()):
         raise UserError(f"scene {name!r} is a video: pictures are wanted here, give another scene, or take a method for videos")
+    if name in BUILTIN_FAMILIES + SRN_FAMILIES:
+        raise UserError(f"scene {name!r} is a family of many: one is wanted here, give another scene, or take a method for families")
     if name in BLENDER_SCENES + LLFF_SCENES:
         how = f"python common.py download {name}" if name in BLENDER_SCENES else f"put it at {data / 'nerf_llff_data' / name}"
         return _say_instead(name, data, "bricks", how)
@@ -1265,6 +1273,318 @@ def stage_masks(video: Video, t: int) -> dict[str, Tensor]:
     return {thing: seen == i for i, thing in enumerate(STAGE_THINGS) if thing != "static"}
 
 
+# ----------------------------------------------------------------------------------------------- families of many scenes
+
+SRN_FAMILIES = ("srn_cars", "cars_train", "cars_val", "cars_test")
+BUILTIN_FAMILIES = ("cars",)
+
+
+@dataclass
+class Family:
+    """Many scenes of one kind, all seen by cameras at about the same distance. One scene is read at a time, never all, and none is kept."""
+    name: str
+    kind: str               # "builtin" | "srn"
+    scenes: list[Path] | range      # folders, sorted by name; built in: seeds
+    size: int               # image side in pixels; pictures are square
+    near: float             # rays start and end here
+    far: float
+    aabb: Tensor            # (2, 3) the box that holds every scene
+    bg: Tensor              # (3,)
+    above: bool             # only views from cameras with z > -0.5
+
+    def read(self, i: int) -> tuple[Views, Views]:
+        """Training and test views of scene i, by name: of 12 or more views the first 10 are held out for testing, of fewer a third, at
+        least one. Read from disk, or drawn (see load_car), at each call."""
+        scene = self.scenes[self._existing([i])[0]]
+        views = (load_car if self.kind == "builtin" else load_srn)(scene, self.size, self.bg, self.above)
+        n = len(views.names)
+        held_out = 10 if n >= 12 else max(1, n // 3)
+        return pick_views(views, list(range(held_out, n))), pick_views(views, list(range(held_out)))
+
+    def check(self, ids: list[int], skip_bad: bool = False) -> list[int]:
+        """Those of scenes `ids` whose files are in order: names, poses, intrinsics, sizes. Pixels are not decoded; a PNG must have its end.
+
+        Call it before hours of training. Raises one UserError for all scenes that are not; with skip_bad they are named on stderr and left
+        out (UserError if none is left). UserError for a scene that does not exist. Built-in scenes have no files.
+        """
+        bad = {}
+        for i in self._existing(ids) if self.kind == "srn" else []:
+            try:
+                check_pictures(srn_cameras(self.scenes[i], self.size, self.above)[0], self.size)
+            except UserError as error:
+                bad[i] = str(error)
+        left = [i for i in self._existing(ids) if i not in bad]
+        if bad and not (skip_bad and left):
+            more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise UserError(f"{self.name}: {len(bad)} of {len(ids)} scenes cannot be used: {'; '.join(list(bad.values())[:3])}{more}: "
+                            + ("none is left" if skip_bad else "mend them, or leave them out with --skip-bad"))
+        for why in bad.values():
+            print(f"left out: {why}", file=sys.stderr, flush=True)
+        return left
+
+    def _existing(self, ids: list[int]) -> list[int]:
+        for i in ids:
+            if not 0 <= i < len(self.scenes):
+                raise UserError(f"{self.name}: scene {i} does not exist: it has {len(self.scenes)}, numbers 0 to {len(self.scenes) - 1}")
+        return list(ids)
+
+
+def load_family(name: str, data: str | Path, size: int, bg="white", above: bool = True) -> Family:
+    """Find a family of scenes; family.read(i) reads one.
+
+    name: "cars" (built in), a path to a folder of scenes or to one scene (a family of one), or a name under `data` or data/srn_cars. The
+    layout is that of Scene Representation Networks, see load_srn; of a folder of families (cars_test, cars_train) the first *_train is
+    taken, else the first. A well-known family that is not on disk is replaced by "cars", loudly: look at family.kind == "builtin".
+    size: image side in pixels. above: leave out views from far below, where the camera's z is -0.5 or less.
+    Cameras stand 1.3 from the middle, scenes lie within [-0.5, 0.5]^3, so rays run from 0.5 to 2.1.
+    """
+    bg = background(bg)
+    if size < 1:
+        raise UserError(f"--size {size} must be at least 1 pixel")
+    folder = None if name in BUILTIN_FAMILIES else find_family(name, Path(data))
+    kind, name = ("builtin", "cars") if folder is None else ("srn", folder.resolve().name)
+    scenes = range(100_000) if folder is None else [folder] if is_srn(folder) else srn_folders(folder)
+    return Family(name, kind, scenes, size, 0.5, 2.1, torch.tensor([[-0.5] * 3, [0.5] * 3]), bg, above)
+
+
+def find_family(name: str, data: Path) -> Path | None:
+    """The folder of a family or of one scene; None = a well-known family that is not here (said on stderr); UserError if unknown."""
+    places = [Path(name), data / name, data / "srn_cars" / name] if name else []
+    folder = next((p for p in places if p.is_dir()), None)
+    if folder is not None:
+        inner = sorted(folder.iterdir(), key=lambda f: (not f.name.endswith("_train"), f.name))
+        found = folder if is_srn(folder) else next((f for f in (folder, *inner) if srn_folders(f)), None)
+        if found is None:
+            raise UserError(f"{folder}: no folder in it has rgb/, pose/ and intrinsics.txt: not a family of scenes, or an incomplete one")
+        return found
+    if name and Path(name).name in SRN_FAMILIES:
+        train = "cars_train" if name == "srn_cars" else Path(name).name
+        where = data / "srn_cars" / train
+        return _say_instead(name, data, "cars", f"unpack {train}.zip of Scene Representation Networks as {where}")
+    found = {str(f.relative_to(data)) for depth in ("*", "*/*") for f in data.glob(depth) if not is_srn(f) and srn_folders(f)}
+    raise UserError(f"family {name!r} not found: no such folder, and under {data} there is {', '.join(sorted(found)) or 'no family'}; "
+                    f"built in: {', '.join(BUILTIN_FAMILIES)}; give a path, --data, or one of these names")
+
+
+def is_srn(folder: Path) -> bool:
+    """Whether it is one scene (what it lacks is named later)."""
+    return (folder / "intrinsics.txt").is_file() or (folder / "pose").is_dir() or (folder / "rgb").is_dir()
+
+
+def srn_folders(folder: Path) -> list[Path]:
+    """The scenes of a family, by name: all folders in it, if at least one is a scene (a broken one shall not shift the others' numbers)."""
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "_"))) if folder.is_dir() else []
+    return folders if any(map(is_srn, folders)) else []
+
+
+def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
+    """The views, by name, of one scene as Scene Representation Networks store it: rgb/NAME.png, pose/NAME.txt, intrinsics.txt.
+
+    A pose is a 4x4 camera to world, row by row, in OpenCV's axes (x right, y down, z ahead; here they become OpenGL's). intrinsics.txt
+    begins with a line `f cx cy 0.` and ends with a line `H W`: the pixels that f, cx, cy speak of, which need not be those of the pictures
+    (usually 512 beside pictures of 128). Pictures and intrinsics are cropped to their central square, then scaled to `size`.
+    alpha is None where pictures have none, or one that is 1 everywhere, background included, as the original ones.
+    """
+    files, c2w, K = srn_cameras(folder, size, above)
+    images, alpha, _ = read_images(files, size, bg, square=True)
+    alpha = None if alpha is None or alpha.min() == 1 else alpha
+    return Views(images, c2w, K, alpha, None, [f"rgb/{file.name}" for file in files])
+
+
+def srn_cameras(folder: Path, size: int, above: bool) -> tuple[list[Path], Tensor, Tensor]:
+    """Picture files, c2w (V, 3, 4) and K (3, 3) for `size` pixels of one scene, as load_srn says. Raises UserError for all that can be
+    wrong with names, poses and intrinsics; pictures are not opened."""
+    again = "copy or download it again"
+    for part in ("rgb", "pose"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part}: not found: a scene needs rgb/, pose/ and intrinsics.txt")
+    files = sorted((f for f in (folder / "rgb").iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg")), key=lambda f: f.stem)
+    poses = sorted((folder / "pose").glob("*.txt"), key=lambda f: f.stem)
+    for some, others, lack in ((files, poses, "pose/{}.txt"), (poses, files, "rgb/{}.png")):
+        there = {file.stem for file in others}
+        for file in some:
+            if file.stem not in there:
+                raise UserError(f"{file}: has no {lack.format(file.stem)}: pictures and poses must match one to one")
+    if len(files) != len(poses):
+        raise UserError(f"{folder / 'rgb'}: {len(files)} pictures, but {len(poses)} poses: two of them have one name")
+
+    lines = [line for line in _numbers(folder / "intrinsics.txt", again) if line]
+    if len(lines) < 2 or len(lines[0]) < 3 or len(lines[-1]) != 2 or min(lines[0][0], *lines[-1]) <= 0:
+        raise UserError(f"{folder / 'intrinsics.txt'}: must begin with a line `f cx cy 0.` and end with a line `H W`: {again}")
+    (f, cx, cy), (H, W) = lines[0][:3], lines[-1]
+    scale = size / min(H, W)
+    K = _intrinsics(f * scale, f * scale, (cx - (W - min(H, W)) / 2) * scale, (cy - (H - min(H, W)) / 2) * scale)
+
+    c2w = np.empty((len(poses), 4, 4))
+    for v, path in enumerate(poses):
+        pose = np.array(sum(_numbers(path, again), []))
+        if len(pose) != 16:
+            raise UserError(f"{path}: {len(pose)} numbers, a pose has 16: {again}")
+        c2w[v] = pose.reshape(4, 4)
+        R = c2w[v, :3, :3]
+        if abs(R.T @ R - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0 or abs(c2w[v, 3] - (0, 0, 0, 1)).max() > 1e-3:
+            raise UserError(f"{path}: not a rotation and a shift above a row 0 0 0 1: {again}")
+    keep = [v for v in range(len(poses)) if not above or c2w[v, 2, 3] > -0.5]
+    if len(keep) < 2:
+        raise UserError(f"{folder}: {len(keep)} views{' from above' if above else ''}, two are the least: one to train on, one to test")
+    c2w = np.concatenate([c2w[keep, :3, :3] * [1, -1, -1], c2w[keep, :3, 3:]], -1)
+    return [files[v] for v in keep], torch.tensor(c2w, dtype=torch.float32), K
+
+
+def _numbers(path: Path, again: str) -> list[list[float]]:
+    """Line by line. UserError if it is missing or holds anything but finite numbers."""
+    try:
+        lines = [[float(word) for word in line.split()] for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {again}") from None
+    except ValueError as error:                # no number, or no text
+        raise UserError(f"{path}: must hold numbers only ({error}): {again}") from None
+    if not all(math.isfinite(x) for line in lines for x in line):
+        raise UserError(f"{path}: holds a number that is not finite: {again}")
+    return lines
+
+
+def check_pictures(files: list[Path], size: int) -> None:
+    """UserError if a picture has no readable head, is a PNG without its end (a copy that was cut), differs in size from the others, or
+    is smaller than `size`. Pixels are not decoded."""
+    for file in files:
+        try:
+            H, W = iio.improps(file, plugin="pillow").shape[:2]
+            with open(file, "rb") as data:
+                data.seek(max(0, file.stat().st_size - 64))
+                if file.suffix.lower() == ".png" and b"IEND" not in data.read():
+                    raise ValueError("it is cut short")
+        except Exception as error:             # Pillow has a dozen ways, see read_image
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{file}: not a readable image ({why}): copy or download the file again") from None
+        if file == files[0]:
+            first = H, W
+        if (H, W) != first:
+            raise UserError(f"{file}: {W}x{H} px, but {files[0].name} has {first[1]}x{first[0]}: all images of a scene must agree")
+    fit_size(min(first), min(first), size, files[0])
+
+
+# ----------------------------------------------------------------------------------- the built-in family: cars from seeds
+
+@dataclass
+class Car:
+    """What tells one car of the family from another: lengths in the unit of the world (a car is about 0.87 long), shares, colours."""
+    length: float           # bumper to bumper
+    width: float
+    clearance: float        # from the ground to the sill
+    body: float             # height from the sill to the lower edge of the windows
+    nose: float             # height of the nose as a share of `body`: below 1 the bonnet slopes
+    overhang: float         # how far nose and tail bulge: 0.02 a box, 0.08 an egg
+    cabin: float            # length of the cabin as a share of `length`
+    cabin_height: float
+    cabin_offset: float     # of the cabin's middle from the car's, forwards, as a share of `length`
+    windscreen: float       # how far it leans, as a share of the cabin's length
+    rear_window: float      # the same: 0.05 a van, 0.4 a fastback
+    wheel: float            # radius
+    tyre: float             # width of a wheel
+    wheelbase: float        # share of `length`
+    spoiler: float          # its height above the boot; 0 = none
+    paint: tuple            # (3,) of the body
+    second: tuple           # (3,) of what `trim` says, and of the spoiler
+    trim: str               # "plain" | "roof" (in the second colour) | "stripes" (from nose to tail)
+    tint: float             # brightness of the windows
+    lamp: float             # half the width of a head lamp
+
+    @staticmethod
+    def draw(seed: int) -> "Car":
+        """The same car for the same seed, whatever was drawn before."""
+        rng = np.random.default_rng((seed, 0))
+        u = lambda low, high: float(rng.uniform(low, high))
+
+        def colour():
+            if rng.random() < 0.3:                                      # white, silver, grey, black
+                return (u(0.12, 0.92),) * 3
+            return colorsys.hsv_to_rgb(u(0, 1), u(0.6, 0.95), u(0.45, 0.95))
+
+        length, overhang, cabin = u(0.80, 0.93), u(0.02, 0.08), u(0.40, 0.68)
+        offset = u(max(-0.13, cabin / 2 - 0.5 + overhang / length), min(0.05, 0.32 - cabin / 2))  # between tail and bonnet
+        clearance, body, nose = u(0.04, 0.075), u(0.11, 0.16), u(0.76, 1.0)
+        return Car(length, u(0.34, 0.41), clearance, body, nose, overhang, cabin, u(0.07, 0.14), offset, u(0.12, 0.36), u(0.04, 0.40),
+                   u(0.40, 0.45) * (clearance + nose * body), u(0.045, 0.070), u(0.57, 0.65), u(0.03, 0.06) if rng.random() < 0.35 else 0.0,
+                   colour(), colour(), ("plain", "roof", "stripes")[rng.choice(3, p=(0.5, 0.25, 0.25))], u(0.05, 0.25), u(0.018, 0.035))
+
+
+def car(seed: int) -> list[Primitive]:
+    """Car number `seed` of the built-in family: x forward, z up, the middle of its box at the origin, within [-0.5, 0.5]^3."""
+    c = Car.draw(seed)
+    black, rubber, metal, lamp, red = (0.06, 0.06, 0.07), (0.10, 0.10, 0.11), (0.72, 0.73, 0.75), (1.0, 0.96, 0.78), (0.75, 0.06, 0.05)
+    glass, roof = (0.8 * c.tint, 0.95 * c.tint, 1.15 * c.tint), c.second if c.trim == "roof" else c.paint
+    y, belt, front, tail = c.width / 2, c.clearance + c.body, c.length / 2 - c.overhang, c.overhang - c.length / 2   # z = 0: the ground
+    nose, top = c.nose * c.body, belt + c.cabin_height
+    x0, x3 = ((c.cabin_offset + s * c.cabin / 2) * c.length for s in (-1, 1))                     # the cabin's profile is a trapezium:
+    x1, x2 = x0 + c.rear_window * c.cabin * c.length, x3 - c.windscreen * c.cabin * c.length      # x0, x3 at its foot, x1, x2 at the roof
+    yc = 0.88 * y
+    half = lambda ends: (ends[1] - ends[0]) / 2
+    box = lambda x, z, y, half_y, colour: Primitive("box", (sum(x) / 2, y, sum(z) / 2), (half(x), half_y, half(z)), colour)
+    tube = lambda x, y, z, rx, rz, half_y, colour: Primitive("cylinder", (x, y, z), (rx, rz, half_y), colour, turned("x", 90))
+
+    def slab(a, b, thick, y, half_y, colour, proud=0.0):                # its upper side runs from a to b, (x, z) each, a[0] < b[0]
+        a, b = np.array(a), np.array(b)
+        along = (b - a) / np.linalg.norm(b - a)
+        up = np.array([-along[1], along[0]])
+        x, z = (a + b) / 2 + (proud - thick / 2) * up
+        R = np.array([[along[0], 0, up[0]], [0, 1, 0], [along[1], 0, up[1]]])
+        return Primitive("box", (x, y, z), (np.linalg.norm(b - a) / 2, half_y, thick / 2), colour, R)
+
+    # Body: a block up to the windscreen, a lower one before it under the sloping bonnet, nose and tail rounded
+    bonnet = ((x3 - 0.02, belt), (front, c.clearance + nose))
+    parts = [box((tail, x3), (c.clearance, belt), 0, y, c.paint), box((x3, front), (c.clearance, c.clearance + nose), 0, y, c.paint),
+             slab(*bonnet, 0.3 * nose, 0, y, c.paint), tube(front, 0, c.clearance + nose / 2, c.overhang, nose / 2, y, c.paint),
+             tube(tail, 0, c.clearance + c.body / 2, c.overhang, c.body / 2, y, c.paint),
+             box((tail, front), (c.clearance - 0.008, c.clearance + 0.18 * c.body), 0, y + 0.003, black)]            # sill
+    # Cabin: one block of glass behind posts, under a roof
+    lean = lambda run: run * c.cabin_height / math.hypot(run, c.cabin_height) + 0.004             # thick enough to leave no gap
+    rear, wind = ((x0, belt), (x1, top)), ((x2, top), (x3, belt))
+    parts += [box((x1, x2), (belt - 0.01, top), 0, yc, glass), slab(*rear, lean(x1 - x0), 0, yc, glass),
+              slab(*wind, lean(x3 - x2), 0, yc, glass), box((x1 - 0.006, x2 + 0.006), (top - 0.006, top + 0.012), 0, yc + 0.004, roof)]
+    for side in (-1, 1):
+        parts += [slab(*rear, 0.026, side * (yc - 0.009), 0.013, roof, 0.003), slab(*wind, 0.016, side * (yc - 0.005), 0.009, roof, 0.003),
+                  box(((x1 + x2) / 2 - 0.009, (x1 + x2) / 2 + 0.009), (belt, top), side * yc, 0.004, roof),
+                  box((x3 - 0.045, x3 - 0.02), (belt + 0.004, belt + 0.028), side * (y + 0.012), 0.016, c.paint)]    # mirror
+        parts += [box((x1 + 0.02, x1 + 0.06), (belt - 0.028, belt - 0.018), side * y, 0.004, metal)]                 # door handle
+    # Wheels, each in a dark arch
+    for x in (-c.wheelbase / 2 * c.length, c.wheelbase / 2 * c.length):
+        for side in (-1, 1):
+            rim = y + 0.008 - c.tyre / 2                                # the tyre's middle: it stands out by 0.008
+            parts += [tube(x, side * y, 1.08 * c.wheel, 1.08 * c.wheel, 1.08 * c.wheel, 0.004, black),
+                      tube(x, side * rim, c.wheel, c.wheel, c.wheel, c.tyre / 2, rubber),
+                      tube(x, side * (rim + 0.003), c.wheel, 0.6 * c.wheel, 0.6 * c.wheel, c.tyre / 2, metal)]
+    # Lamps and grille
+    parts += [box((front, front + c.overhang + 0.004), (c.clearance + 0.25 * nose, c.clearance + 0.5 * nose), 0, 0.45 * y, black)]
+    for side in (-1, 1):
+        parts += [Primitive("ball", (front + 0.8 * c.overhang, side * 0.74 * y, c.clearance + 0.68 * nose), (0.018, c.lamp, 0.018), lamp),
+                  Primitive("ball", (tail - 0.75 * c.overhang, side * 0.74 * y, c.clearance + 0.7 * c.body), (0.018, c.lamp, 0.018), red)]
+    if c.spoiler:
+        end = tail - 0.3 * c.overhang
+        parts += [box((end, end + 0.07), (belt + c.spoiler, belt + c.spoiler + 0.012), 0, 0.9 * y, c.second)]
+        parts += [box((end + 0.02, end + 0.05), (belt - 0.01, belt + c.spoiler), side * 0.6 * y, 0.006, black) for side in (-1, 1)]
+    if c.trim == "stripes":
+        for side in (-1, 1):
+            at = (side * 0.16 * y, 0.09 * y, c.second)
+            parts += [slab(*bonnet, 0.02, *at, 0.002), box((x1 - 0.008, x2 + 0.008), (top, top + 0.014), *at),
+                      box((tail, x0), (belt - 0.01, belt + 0.002), *at)]
+    return [replace(p, centre=(p.centre[0], p.centre[1], p.centre[2] - (top + 0.012) / 2)) for p in parts]
+
+
+def load_car(seed: int, size: int, bg: Tensor, above: bool) -> Views:
+    """Car number `seed` through cameras like those of the SRN cars: 50 positions, uniform over a sphere of radius 1.3, looking at the
+    middle, z upwards, focal length 525/512 of the picture's side. Drawn from the seed alone, whatever `size` is. above: without those at
+    z <= -0.5, about 35 remain. At 64 px that takes about 0.25 s of one core.
+    """
+    u = np.random.default_rng((seed, 1)).random((50, 2))
+    c2w = np.stack([orbit_pose(2 * np.pi * a, np.arcsin(2 * b - 1), 1.3) for a, b in u])
+    keep = [v for v in range(50) if not above or c2w[v, 2, 3] > -0.5]
+    c2w, focal = torch.tensor(c2w[keep], dtype=torch.float32), 525 / 512 * size
+    K = _intrinsics(focal, focal, size / 2, size / 2)
+    images, alpha, depth = render_primitives(car(seed), c2w, K, size, size, bg)
+    return Views(images, c2w, K, alpha, depth, [f"{v:06d}" for v in keep])
+
+
 # ------------------------------------------------------------------------------------------------------- occupancy grid
 
 class OccupancyGrid(nn.Module):
@@ -1426,6 +1746,86 @@ def strip(truth: Tensor, render: Tensor, depth: Tensor, near: float, far: float)
     """(H, 4W, 3): ground truth | render | mean absolute error, 0 to 0.25 | depth, near to far. truth, render (H, W, 3), depth (H, W)."""
     error = (truth - render).abs().mean(-1)
     return torch.cat([truth, render.clamp(0, 1), colour_map(error, 0.0, 0.25), colour_map(depth, near, far)], 1)
+
+
+@dataclass
+class Panel:
+    """Lines in one pair of axes."""
+    x_title: str
+    curves: dict            # label -> x (n,) ascending, y (n,) or, in a band, (k, n); n = 0: the label is kept, nothing is drawn
+    y_title: str = ""
+
+
+def draw_panels(panels: list[Panel], log: bool = False, dots: bool = False) -> str:
+    """SVG text: panels side by side above one legend; a label has one colour in all of them. k > 1: a line through the means, in a band
+    from the least to the greatest. Panels with one y_title share the range of y. log: both axes are logarithmic. dots: one at each point
+    of a line. A panel without points is left out; ValueError if no point is left, or one is not finite or, with log, not positive."""
+    colours = ("#2f81f7", "#e5711d", "#2da44e", "#d1549b", "#8b6cef", "#a8850a")       # each readable on white and on black,
+    grey = "#808890"                                                                   # and so is this
+    stroke = lambda i: f'stroke="{colours[i % 6]}"' + (' stroke-dasharray="5 3"' if i >= 6 else "")         # then again, dashed
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    panels = [replace(panel, curves={label: (np.asarray(x), np.atleast_2d(y)) for label, (x, y) in panel.curves.items() if len(x)})
+              for panel in panels]
+    panels = [panel for panel in panels if panel.curves]
+    numbers = [v for panel in panels for xy in panel.curves.values() for v in xy]
+    if not numbers or not all(np.isfinite(v).all() and (not log or v.min() > 0) for v in numbers):
+        raise ValueError("nothing to draw, or a number that is not finite or has no logarithm")
+    scale = np.log10 if log else lambda v: v
+    ends = lambda lists: (scale(min(v.min() for v in lists)), scale(max(v.max() for v in lists)))
+    wider = lambda lo, hi: (lo - 0.05 * (hi - lo) - 0.1, hi + 0.05 * (hi - lo) + 0.1)
+    short = lambda v: next((f"{v / n:g}{unit}" for n, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if v >= n), f"{v:g}")
+    w, h, left, top = 190, 170, 55 if log else 45, 12                   # of a panel, in pixels; "100k" is wide
+    pitch = left + w + 10
+    body, text = [], lambda x, y, words, anchor: f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+    for n, panel in enumerate(panels):
+        x0 = left + n * pitch
+        lo, hi = wider(*ends([y for other in panels if other.y_title == panel.y_title for _, y in other.curves.values()]))
+        x_lo, x_hi = ends([x for x, _ in panel.curves.values()])
+        x_lo, x_hi = wider(x_lo, x_hi) if log else (0, max(x_hi, 1e-9))
+        X, Y = lambda x: x0 + w * (scale(x) - x_lo) / (x_hi - x_lo), lambda y: top + h * (hi - scale(y)) / (hi - lo)
+        for y in log_ticks(10 ** lo, 10 ** hi) if log else round_ticks(lo, hi):
+            body += [f'<path d="M{x0} {Y(y):.1f}h{w}" stroke="{grey}" stroke-opacity="0.3"/>', text(x0 - 6, Y(y) + 4, short(y), "end")]
+        for x in log_ticks(10 ** x_lo, 10 ** x_hi) if log else round_ticks(x_lo, x_hi, 4):
+            body += [f'<path d="M{X(x):.1f} {top + h}v4" stroke="{grey}"/>', text(X(x), top + h + 17, short(x), "middle")]
+        body += [f'<path d="M{x0} {top}v{h}h{w}" fill="none" stroke="{grey}"/>', text(x0 + w / 2, top + h + 35, panel.x_title, "middle")]
+        for i, label in enumerate(labels):
+            if label in panel.curves:
+                x, y = panel.curves[label]
+                mean, fill = y.mean(0), f'fill="{colours[i % 6]}"'
+                path = lambda x, y: " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in zip(x, y))
+                if len(y) > 1:
+                    body.append(f'<polygon points="{path(x, y.min(0))} {path(x[::-1], y.max(0)[::-1])}" {fill} fill-opacity="0.2"/>')
+                body.append(f'<polyline points="{path(x, mean)}" fill="none" {stroke(i)} stroke-width="2"/>')
+                body += [f'<circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="3" {fill}/>' for a, b in zip(x, mean) if dots]
+    x, y, width = left, top + h + 60, max(len(panels) * pitch, 400)
+    for i, label in enumerate(labels):                                  # the legend, broken into lines
+        if x > left and x + 40 + 7 * len(label) > width:
+            x, y = left, y + 18
+        body += [f'<path d="M{x} {y - 4}h18" {stroke(i)} stroke-width="3"/>', text(x + 24, y, label, "start")]
+        x += 45 + 7 * len(label)
+    for n, panel in enumerate(panels):
+        if n == 0 or panel.y_title != panels[n - 1].y_title:
+            body.append(f'<text transform="translate({10 + n * pitch} {top + h / 2}) rotate(-90)" text-anchor="middle">'
+                        f'{html.escape(panel.y_title)}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 12}" width="{width}" height="{y + 12}" '
+            f'font-family="sans-serif" font-size="12" fill="{grey}">\n' + "\n".join(body) + "\n</svg>\n")
+
+
+def round_ticks(lo: float, hi: float, most: int = 5) -> np.ndarray:
+    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) in [lo, hi], lo < hi."""
+    unit = 10 ** math.floor(math.log10((hi - lo) / most))
+    gap = next(unit * k for k in (1, 2, 5, 10, 20) if math.floor(hi / (unit * k)) - math.ceil(lo / (unit * k)) < most)
+    return gap * np.arange(math.ceil(lo / gap), math.floor(hi / gap) + 1)
+
+
+def log_ticks(lo: float, hi: float, most: int = 5) -> list[float]:
+    """At most `most` numbers in [lo, hi], 0 < lo < hi, for a logarithmic axis: 1, 2, 5 times powers of ten; where these are too many, the
+    powers alone, or every second, third, ... of them; where they are fewer than two, round_ticks."""
+    decades = range(math.floor(math.log10(lo)), math.floor(math.log10(hi)) + 1)
+    fine, powers = ([t for k in decades for digit in digits if lo <= (t := float(f"{digit}e{k}")) <= hi] for digits in ((1, 2, 5), (1,)))
+    if len(fine) < 2:
+        return round_ticks(lo, hi, most).tolist()
+    return fine if len(fine) <= most else powers[::math.ceil(len(powers) / most)]
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder
@@ -1760,74 +2160,32 @@ def compare(runs: list[Path], more: list[str] = ()) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
-def round_ticks(lo: float, hi: float, most: int = 5) -> np.ndarray:
-    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) in [lo, hi], lo < hi."""
-    unit = 10 ** math.floor(math.log10((hi - lo) / most))
-    gap = next(unit * k for k in (1, 2, 5, 10, 20) if math.floor(hi / (unit * k)) - math.ceil(lo / (unit * k)) < most)
-    return gap * np.arange(math.ceil(lo / gap), math.floor(hi / gap) + 1)
-
-
 def draw_curves(runs: list[Path], against: str | None = None) -> str:
     """SVG text: held-out PSNR against steps, rays, samples, training seconds (a panel is left out where no run has its numbers).
     Seeds of one run: a line through their means, linear between evaluations, in a band from the least to the greatest.
     against: a key of summary.json; then a line through the ends of all runs whose names agree up to the last "-"."""
+    def curve(group, cost):                                             # x (n,), PSNR of each run (runs, n)
+        lines = [[line for line in curve if line.get(cost) is not None] for _, curve in group]
+        if not all(lines):
+            return np.empty(0), np.empty((1, 0))
+        x = np.unique([line[cost] for curve in lines for line in curve])
+        x = x[(x >= max(curve[0][cost] for curve in lines)) & (x <= min(curve[-1][cost] for curve in lines))]   # where all have been
+        return x, np.stack([np.interp(x, [line[cost] for line in curve], [line["psnr"] for line in curve]) for curve in lines])
+
     groups = read_runs(runs)
-    colours = ("#2f81f7", "#e5711d", "#2da44e", "#d1549b", "#8b6cef", "#a8850a")       # each readable on white and on black,
-    grey = "#808890"                                                                   # and so is this
-    stroke = lambda i: f'stroke="{colours[i % 6]}"' + (' stroke-dasharray="5 3"' if i >= 6 else "")                    # then again, dashed
-    bands = {}                                                          # (cost, label) -> x (n,), PSNR of each run (runs, n)
-    for cost in ("step", "rays", "samples", "train_seconds"):
-        for label, group in groups.items():
-            lines = [[line for line in curve if line.get(cost) is not None] for _, curve in group]
-            if all(lines):
-                x = np.unique([line[cost] for curve in lines for line in curve])
-                x = x[(x >= max(curve[0][cost] for curve in lines)) & (x <= min(curve[-1][cost] for curve in lines))]
-                if len(x):                                              # where all its runs have been
-                    y = [np.interp(x, [line[cost] for line in curve], [line["psnr"] for line in curve]) for curve in lines]
-                    bands[cost, label] = x, np.stack(y)
+    curves = {cost: {label: curve(group, cost) for label, group in groups.items()} for cost in ("step", "rays", "samples", "train_seconds")}
     if against:
-        ends, bands = {}, {}
+        ends = {}
         for label, group in groups.items():
-            ends.setdefault(label.rpartition("-")[0] or label, []).extend((s[against], s["psnr"]) for s, _ in group if s.get(against) is not None)
-        groups = {label: points for label, points in ends.items() if points}
-        for label, points in groups.items():
-            x, y = np.array(sorted(points), dtype=float).T
-            bands[against, label] = x, y[None]
-    if not bands:
-        raise UserError(f"{runs[0]}: nothing to draw: summary.json has no {against}" if against else
+            points = [(summary.get(against), summary.get("psnr")) for summary, _ in group]
+            points = [point for point in points if all(isinstance(number, (int, float)) for number in point)]
+            ends.setdefault(label.rpartition("-")[0] or label, []).extend(points)
+        curves = {against: {label: np.array(sorted(points), dtype=float).T for label, points in ends.items() if points}}
+    if not any(len(x) for lines in curves.values() for x, _ in lines.values()):
+        raise UserError(f"{runs[0]}: nothing to draw: summary.json has no number {against}" if against else
                         f"{runs[0]}: no evaluations to draw: its metrics.jsonl needs lines with step, train_seconds and psnr")
-    costs = list(dict.fromkeys(cost for cost, _ in bands))
-    lo, hi = min(y.min() for _, y in bands.values()), max(y.max() for _, y in bands.values())
-    lo, hi = lo - 0.05 * (hi - lo) - 0.1, hi + 0.05 * (hi - lo) + 0.1
-    w, h, pitch, left, top = 190, 170, 245, 45, 12                      # of a panel, in pixels
-    body, text = [], lambda x, y, words, anchor: f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
-    for panel, cost in enumerate(costs):
-        x0, x_max = left + panel * pitch, max(max(x.max() for (c, _), (x, _) in bands.items() if c == cost), 1e-9)
-        X, Y = lambda x: x0 + w * x / x_max, lambda y: top + h * (hi - y) / (hi - lo)
-        for y in round_ticks(lo, hi):
-            body += [f'<path d="M{x0} {Y(y):.1f}h{w}" stroke="{grey}" stroke-opacity="0.3"/>', text(x0 - 6, Y(y) + 4, f"{y:g}", "end")]
-        for x in round_ticks(0, x_max, 4):
-            short = next((f"{x / n:g}{unit}" for n, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if x >= n), f"{x:g}")
-            body += [f'<path d="M{X(x):.1f} {top + h}v4" stroke="{grey}"/>', text(X(x), top + h + 17, short, "middle")]
-        title = {"step": "steps", "train_seconds": "training seconds"}.get(cost, cost)
-        body += [f'<path d="M{x0} {top}v{h}h{w}" fill="none" stroke="{grey}"/>', text(x0 + w / 2, top + h + 35, title, "middle")]
-        for i, label in enumerate(groups):
-            if (cost, label) in bands:
-                x, y = bands[cost, label]
-                path = lambda x, y: " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in zip(x, y))
-                if len(y) > 1:
-                    body.append(f'<polygon points="{path(x, y.min(0))} {path(x[::-1], y.max(0)[::-1])}" fill="{colours[i % 6]}" fill-opacity="0.2"/>')
-                body.append(f'<polyline points="{path(x, y.mean(0))}" fill="none" {stroke(i)} stroke-width="2"/>')
-                body += [f'<circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="3" fill="{colours[i % 6]}"/>' for a, b in zip(x, y[0]) if against]
-    x, y, width = left, top + h + 60, max(len(costs) * pitch, 400)
-    for i, label in enumerate(groups):                                  # the legend, broken into lines
-        if x > left and x + 40 + 7 * len(label) > width:
-            x, y = left, y + 18
-        body += [f'<path d="M{x} {y - 4}h18" {stroke(i)} stroke-width="3"/>', text(x + 24, y, label, "start")]
-        x += 45 + 7 * len(label)
-    body.append(f'<text transform="translate(10 {top + h / 2}) rotate(-90)" text-anchor="middle">held-out PSNR [dB]</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 12}" width="{width}" height="{y + 12}" font-family="sans-serif" '
-            f'font-size="12" fill="{grey}">\n' + "\n".join(body) + "\n</svg>\n")
+    titles = {"step": "steps", "train_seconds": "training seconds"}
+    return draw_panels([Panel(titles.get(cost, cost), lines, "held-out PSNR [dB]") for cost, lines in curves.items()], dots=bool(against))
 
 
 @dataclass
@@ -1939,14 +2297,12 @@ class Bricks:
     """Image side in pixels."""
 
     def __call__(self) -> None:
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise UserError(f"--out {self.out}: exists and is not an empty folder: choose another --out")
+        _check_new(self.out)
         for split in ("train", "val", "test"):
             views = load_bricks(split, self.size, torch.zeros(3))       # on black: images are colour * alpha
             try:
                 (self.out / split).mkdir(parents=True)
-                for image, alpha, name in zip(views.images, views.alpha, views.names):
-                    save_png(self.out / f"{name}.png", torch.cat([image / alpha.clamp_min(1e-6)[..., None], alpha[..., None]], -1))
+                _save_views(views, [self.out / f"{name}.png" for name in views.names])
                 last_row = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
                 frames = [{"file_path": f"./{name}", "transform_matrix": torch.cat([c2w, last_row]).tolist()} for name, c2w in zip(views.names, views.c2w)]
                 angle = 2 * math.atan(0.5 * self.size / float(views.K[0, 0]))
@@ -1956,5 +2312,46 @@ class Bricks:
         print(f"{self.out}: 100 train, 25 val, 25 test views of {self.size} px")
 
 
+def _check_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: exists and is not an empty folder: choose another --out")
+
+
+def _save_views(views: Views, paths: list[Path]) -> None:
+    """Pictures on black, which are colour * alpha, as PNG files with colour and alpha."""
+    for image, alpha, path in zip(views.images, views.alpha, paths):
+        save_png(path, torch.cat([image / alpha.clamp_min(1e-6)[..., None], alpha[..., None]], -1))
+
+
+@dataclass
+class Cars:
+    """Write cars of the built-in family as files in the layout of the SRN cars, 50 views each: something to look at, and to load again."""
+    out: Path
+    """An empty or new folder."""
+    n: int = 3
+    """How many: seeds 0 to n - 1."""
+    size: int = 128
+    """Image side in pixels."""
+
+    def __call__(self) -> None:
+        if min(self.n, self.size) < 1:
+            raise UserError(f"--n {self.n}, --size {self.size}: must be at least 1")
+        _check_new(self.out)
+        for seed in range(self.n):
+            views, folder = load_car(seed, self.size, torch.zeros(3), False), self.out / f"car_{seed:05d}"
+            try:
+                for part in ("rgb", "pose"):
+                    (folder / part).mkdir(parents=True)
+                _save_views(views, [folder / "rgb" / f"{name}.png" for name in views.names])
+                for name, c2w in zip(views.names, views.c2w * torch.tensor([1.0, -1.0, -1.0, 1.0])):                 # OpenCV's axes
+                    (folder / "pose" / f"{name}.txt").write_text(" ".join(map(repr, c2w.flatten().tolist())) + " 0.0 0.0 0.0 1.0\n")
+                (folder / "intrinsics.txt").write_text("525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n512 512\n")
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be written ({error.strerror}): choose another --out") from None
+        print(f"{self.out}: {self.n} cars, 50 views of {self.size} px each")
+
+
+COMMANDS = Compare | Download | Bricks | Cars
+
 if __name__ == "__main__":
-    _one_line_errors(lambda: tyro.cli(Compare | Download | Bricks, description=__doc__), lambda command: command())
+    _one_line_errors(lambda: tyro.cli(COMMANDS, description=__doc__), lambda command: command())

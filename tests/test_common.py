@@ -710,6 +710,67 @@ def test_pictures(tmp_path):
     assert torch.allclose((path[:, :, 3] - torch.tensor([1.0, 0, 0])).norm(dim=-1), torch.tensor(2.0)) and torch.allclose(path[:, 2, 3], torch.tensor(1.0))
 
 
+def svg_of(*args, **kwargs):
+    """The texts of draw_panels' picture with their x, y (those of a turned text: None), and the elements of a kind."""
+    svg = ET.fromstring(common.draw_panels(*args, **kwargs))
+    find = lambda tag: svg.findall("{http://www.w3.org/2000/svg}" + tag)
+    return [(node.text, *(node.get(k) and float(node.get(k)) for k in "xy")) for node in find("text")], find
+
+
+def points(node):
+    return np.array([[float(n) for n in point.split(",")] for point in node.get("points").split()])
+
+
+def test_panels_by_hand():
+    """A panel is 190 wide and 170 high; y runs from 0.8 to 3.2 where its values go from 1 to 3, logarithmic x from -0.2 to 2.2."""
+    band = common.Panel("steps", {"a": ([0, 10], [[1, 2], [3, 2]])}, "dB")
+    texts, find = svg_of([band])
+    Y = {v: 12 + 170 * (3.2 - v) / 2.4 for v in (1, 1.5, 2, 2.5, 3)}
+    assert np.allclose(points(find("polyline")[0]), [[45, Y[2]], [235, Y[2]]], atol=0.06)
+    assert np.allclose(points(find("polygon")[0]), [[45, Y[1]], [235, Y[2]], [235, Y[2]], [45, Y[3]]], atol=0.06) and not find("circle")
+    assert [(text, x) for text, x, _ in texts[:5]] == [("1", 39), ("1.5", 39), ("2", 39), ("2.5", 39), ("3", 39)]
+    assert np.allclose([y - 4 for *_, y in texts[:5]], list(Y.values()), atol=0.06)
+    assert texts[5:] == [("0", 45, 199), ("5", 140, 199), ("10", 235, 199), ("steps", 140, 217), ("a", 69, 242), ("dB", None, None)]
+    texts, find = svg_of([common.Panel("n", {"a": ([1, 100], [10, 1000.0])}, "bytes")], log=True, dots=True)
+    line = [[55 + 190 * 0.2 / 2.4, Y[1]], [55 + 190 * 2.2 / 2.4, Y[3]]]
+    assert np.allclose(points(find("polyline")[0]), line, atol=0.06) and not find("polygon")
+    assert np.allclose([[float(node.get(k)) for k in ("cx", "cy")] for node in find("circle")], line, atol=0.06)
+    assert [text for text, *_ in texts] == ["10", "100", "1k", "1", "10", "100", "n", "a", "bytes"]
+    assert np.allclose([x for _, x, _ in texts[3:6]], [line[0][0], 150, line[1][0]], atol=0.06)
+
+
+def test_panels_side_by_side():
+    """A label's colour is its own in all panels; one y_title, one range; what is empty is left out; names are escaped."""
+    line = lambda *y: ([1, 2], y)
+    panels = [common.Panel("x<1>", {"none": ([], []), "a": line(1, 2)}, "s & t"),
+              common.Panel("x2", {"b<&": line(5, 9), "a": line(1, 1)}, "s & t"),
+              common.Panel("empty", {"none": ([], []), "later": ([], [])}, "s & t"),
+              common.Panel("x3", {"a": line(100, 200)}, "\"MB\"")]
+    texts, find = svg_of(panels)
+    lines = [(node.get("stroke"), points(node)) for node in find("polyline")]
+    legend = [node.get("stroke") for node in find("path") if node.get("stroke-width") == "3"]
+    names = [text for text, *_ in texts]
+    assert names[-6:] == ["none", "a", "b<&", "later", "s & t", '"MB"'] and "empty" not in names and {"x<1>", "x2", "x3"} < set(names)
+    assert len(set(legend)) == 4 and [stroke for stroke, _ in lines] == [legend[1], legend[1], legend[2], legend[1]]
+    assert lines[0][1][0, 1] == lines[1][1][0, 1] == lines[1][1][1, 1] > 170                                        # 1 is 1 in both
+    assert lines[3][1][0, 1] > 150 and [x[0, 0] - lines[0][1][0, 0] for _, x in lines] == [0, 245, 245, 490]
+    turned = [node.get("transform") for node in find("text") if node.get("transform")]
+    assert turned == ["translate(10 97.0) rotate(-90)", "translate(500 97.0) rotate(-90)"]
+    many = common.draw_panels([common.Panel("x", {str(i): line(i, i) for i in range(7)})])
+    assert many.count('stroke="#2f81f7"') == 4 and many.count('stroke="#2f81f7" stroke-dasharray') == 2                    # line and legend
+    for bad, log in ((panels[2:3], False), ([], True), ([common.Panel("x", {"a": line(1, 0)})], True),
+                     ([common.Panel("x", {"a": ([-1, 1], [1, 1])})], True), ([common.Panel("x", {"a": line(1, math.nan)})], False)):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            common.draw_panels(bad, log)
+
+
+@pytest.mark.parametrize("lo, hi, ticks", [
+    (0.7, 130, [1, 10, 100]), (7, 54, [10, 20, 50]), (0.0015, 0.3, [0.01, 0.1]), (1, 1e9, [1, 100, 1e4, 1e6, 1e8]), (1, 50, [1, 10]),
+    (3, 90, [5, 10, 20, 50]), (1.6e6, 2.5e6, [1.6e6, 1.8e6, 2e6, 2.2e6, 2.4e6]), (2.1, 4.9, [2.5, 3, 3.5, 4, 4.5])])
+def test_log_ticks(lo, hi, ticks):
+    assert np.allclose(common.log_ticks(lo, hi), ticks)
+
+
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 def test_run_never_overwrites_and_resumes(tmp_path, monkeypatch):
@@ -864,8 +925,9 @@ def test_compare_draws_ends_against_a_number_of_the_summary(tmp_path):
     assert [len(line) for line in lines] == [2, 1] and svg.count("<circle") == 3                   # a line for a, a point for b, nothing for c
     (x1, y1), (x2, y2), (x3, y3) = lines[0] + lines[1]
     assert x1 < x3 < x2 and abs((x2 - x1) / 2 - (x3 - x1)) < 0.2 and y3 < y2 < y1                   # 10, 20, 30 bytes; up is more PSNR
-    with pytest.raises(common.UserError, match="nothing to draw"):
-        common.draw_curves([tmp_path / "c-1"], "bytes")
+    for run, key in (("c-1", "bytes"), ("a-1", "method")):              # missing; not a number
+        with pytest.raises(common.UserError, match="nothing to draw"):
+            common.draw_curves([tmp_path / run], key)
 
 
 def test_compare(tmp_path):
@@ -927,7 +989,6 @@ def test_curves(tmp_path):
     for text in ("steps", "rays", "samples", "training seconds", "base (2 runs)", "fast (3 runs)", "other-s4"):
         assert texts.count(text) == 1
     assert len(find("polyline")) == 4 * 3 and len(find("polygon")) == 4 * 2                  # a band needs two seeds
-    points = lambda node: np.array([[float(n) for n in p.split(",")] for p in node.get("points").split()])
     number = {float(node.text): float(node.get("y")) - 4 for node in find("text")[:10] if node.get("text-anchor") == "end"}   # PSNR -> pixels
     (a, ya), (b, yb) = list(number.items())[:2]
     to_psnr = lambda y: a + (y - ya) * (b - a) / (yb - ya)

@@ -38,7 +38,7 @@ def test_command_parses(words, monkeypatch, capsys):
     rest = [re.sub(r"\$\{?\w+\}?|\.\.\.|<\w+>", "1", word) for word in rest]                       # placeholders
     monkeypatch.setattr(sys, "argv", [script, *rest])
     if script == "common.py":
-        tyro.cli(common.Compare | common.Download | common.Bricks, args=rest)
+        tyro.cli(common.COMMANDS, args=rest)
     elif script == "kernels.py":
         source = (ROOT / script).read_text()
         for word in rest:
@@ -46,7 +46,7 @@ def test_command_parses(words, monkeypatch, capsys):
     else:
         method = __import__(script.removesuffix(".py"))
         seen = []
-        common.cli(method.PRESETS, seen.append)                                                    # exits with status 2 where a flag does not exist
+        common.cli(method.PRESETS, seen.append)                        # exits with status 2 where a flag does not exist
         assert dataclasses.is_dataclass(seen[0])
 
 
@@ -60,5 +60,6 @@ def test_pictures_exist():
 
 
 def test_linked_files_exist():
-    names = [name.split("#")[0] for name in re.findall(r"\]\(([^)\s]+)\)", TEXT) if "://" not in name and not name.startswith(("#", "mailto:"))]
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXT)
+    names = [link.split("#")[0] for link in links if "://" not in link and not link.startswith(("#", "mailto:"))]
     assert all((ROOT / name).exists() for name in names), [name for name in names if not (ROOT / name).exists()]
