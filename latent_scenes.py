@@ -1,13 +1,57 @@
-"""Many scenes in a 3D-aware latent space (3Da-AE: Schnepf et al., CVPR 2024 workshop on 3D and multi-view, arXiv 2403.11678).
+"""Many scenes in a 3D-aware latent space ("3Da-AE": Schnepf et al., CVPR 2024 workshop 3DMV, arXiv 2403.11678).
 
-DOCSTRING
+The idea in five lines. A thousand cars are fitted together. A car's tri-plane is not rendered to 64 x 64 colours but to a 16 x 16 image of
+latents, which a small convolutional decoder turns into the picture: sixteen times fewer rays. For that, latents of different views must be
+views of one thing in space: the autoencoder is first trained further together with the planes of some scenes ("3D-aware"). Each tri-plane
+is a small private part beside a learned combination of tri-planes that all scenes share. New scenes then cost seconds and few bytes, and
+what was paid once is divided by the number of scenes.
+
+| paper                                   | here                                                                            |
+|-----------------------------------------|---------------------------------------------------------------------------------|
+| E, D; normalisation of latents          | Autoencoder.encoder, .decoder; squeeze, unsqueeze, measure                      |
+| T_i = T_i^micro, sum_k W_ik B_k         | Model.fuse; a scene's own numbers T_i^micro, W_i are a row of Store             |
+| tiny MLP, shared by all scenes          | Model.mlp, in Model.field                                                       |
+| L_latent, L_RGB, L_ae, TV               | losses_of                                                                       |
+| stage 1: autoencoder, planes, together  | phases 0, A, B of plan: which is also the table of what is frozen when          |
+| stage 2: planes; planes and decoder     | phases C, D                                                                     |
+| cost a scene, divided by N              | bytes_per_scene, seconds_per_scene, price, amortise                             |
+
+Sizes: B scenes and n pictures of a batch, R texels a side, F features, M shared planes, C latent channels, f pixels a latent pixel, S
+samples a ray.
+
+    y = render(T, pose), picture = D(n^-1(y))               render, Model.decode
+    n(z) = tanh(s z), s and background measured             Autoencoder.squeeze, measure
+    a batch's scenes move, all others rest                  Store.step, run_phase
+
+Where the released code differs from this file:
+(1) Its third plane is (z, x), the second one transposed; nothing samples y and z together. Here xy, xz, yz (kernels.triplane_interp).
+(2) Dense Adam over the planes of all scenes: a step costs more the more scenes there are, and momentum moves those that are not in the
+    batch. Here a scene has its own Adam, its row of a file, and is touched when it is seen.
+(3) The shipped range of "new" scenes overlaps that of stage 1 by half. Here stage 2 takes the next ones.
+(4) Stage 2 draws the MLP anew and trains shared planes and decoder on: no old scene renders any more. Here shared planes and MLP stay
+    (--new-shared trained, random: theirs), and a tuned decoder is a second one, whose bytes are counted; old scenes keep theirs.
+    summary.json tells what they would look like through the new one.
+(5) The planes span [-1, 1]^3, twice the cars. Here the hull of the silhouettes of stage 1 (--box whole: the family's cube).
+(6) Order of scenes from an unsorted directory, jitter at evaluation. Here sorted, none, and every number of a step follows from (seed,
+    phase, step): runs repeat, also resumed ones, and on any number of ranks.
+(7) New planes start as noise. Here as the mean of stage 1's (--start random).
+(8) TV is a sum over everything; here a mean. Its autoencoder is Stable Diffusion's, 84 M weights, and samples its latents; here one of
+    0.3 M is trained from nothing, and has no noise. 48 + 48 samples a ray: --samples, --fine.
+Ours, not the paper's: training pictures are moved by up to half a latent pixel, with their rays (--no-shift), as planes are otherwise only
+ever seen along the same few rays; in phase B a quarter of the pictures goes through the encoder (--encode); no phase needs a latent cache.
+
+What the runs say (README): RUNS
+
+    python latent_scenes.py                                  QUICK
+    python latent_scenes.py --scenes 100 --new-scenes 900 ...        LONG
+    torchrun --nproc-per-node=2 latent_scenes.py             the same, scenes split over two processes
+    python latent_scenes.py --scene srn_cars --preset paper  for a GPU; not run
 """
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional
@@ -18,8 +62,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Family, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, colour_map, load_family, orbit_poses,
-                    peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, spread, ssim, strip, tensorboard, write_whole)
+from common import (Family, Panel, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, draw_panels, load_family,
+                    orbit_poses, peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, ssim, strip, tensorboard, write_whole)
 from kernels import composite, triplane_interp
 
 
@@ -64,8 +108,9 @@ class Args:
     """3d: trained further together with the planes of stage 1, so that the latents of all views agree (phase B). plain: without that."""
     planes: Literal["micro", "macro", "both"] = "both"
     """micro: private planes only. macro: combinations of shared planes only. both: the paper."""
-    compare: tuple[Literal["rgb", "plain", "micro", "macro"], ...] = ("rgb", "plain", "micro", "macro")
-    """Rivals that the same run prices on the same new scenes, a row each. Nothing after the flag: none."""
+    compare: tuple[Literal["rgb", "plain", "micro", "both", "macro"], ...] = ("rgb", "plain", "micro", "both", "macro")
+    """Rivals that the same run prices on the same new scenes. micro, both, macro: planes of that kind in the latents of phase B, with
+    phases A, C, D of their own but no B: to be compared with each other. Nothing after the flag: none."""
     rgb_scenes: int = 4
     """New scenes that the RGB rival is given (it takes its time)."""
     steps: Optional[int] = None
@@ -100,17 +145,17 @@ class Args:
     """Scenes a step, over all ranks."""
     views: int = 1
     """Views of each."""
-    visits_0: int = 400
+    visits_0: int = 240
     """Phase 0, plain autoencoder: pictures of each stage-1 scene."""
-    visits_a: int = 80
+    visits_a: int = 40
     """Phase A, planes in frozen latents: views of each stage-1 scene."""
-    visits_b: int = 200
+    visits_b: int = 180
     """Phase B, joint training: views of each stage-1 scene."""
-    visits_c: int = 40
+    visits_c: int = 20
     """Phase C, planes of new scenes in frozen latents: views of each new scene."""
-    visits_d: int = 100
+    visits_d: int = 80
     """Phase D, planes of new scenes behind the decoder: views of each new scene."""
-    visits_rgb: int = 1500
+    visits_rgb: int = 1000
     """RGB planes: batches of --rgb-rays of each scene."""
     rgb_rays: int = 128
     """Rays of one view that an RGB step takes of a scene."""
@@ -137,7 +182,7 @@ class Args:
     start: Literal["mean", "random"] = "mean"
     """New planes start as the mean of stage 1's, or as noise (the authors')."""
     shift: bool = True
-    """Move each training picture by up to half a latent pixel, and its rays with it: planes are seen between the latent pixels too (ours)."""
+    """Move each training picture by up to half a latent pixel, and its rays with it: planes are seen between latent pixels too (ours)."""
     eval_every: int = 0
     """Visits between two evaluations inside phases C, D and RGB, for curves (0: at their ends only)."""
     save_every: int = 500
@@ -147,8 +192,9 @@ class Args:
 PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", size=128, scenes=500, new_scenes=500, latent_channels=4, width=(64, 128, 256), resolution=64, micro=10,
-                  macro=22, bases=50, hidden=64, samples=48, fine=48, batch=32, encode=1.0, lr=1e-2, lr_mlp=1e-2, lr_ae=1e-4, visits_0=2000, visits_a=1230, visits_b=1230, visits_c=1230,
-                  visits_d=1230, lr_rgb=1e-2, visits_rgb=20_000, rgb_rays=1024, rgb_scenes=32),
+                  macro=22, bases=50, hidden=64, samples=48, fine=48, batch=32, encode=1.0, lr=1e-2, lr_rgb=1e-2, lr_mlp=1e-2, lr_ae=1e-4,
+                  visits_0=2000, visits_a=1230, visits_b=1230, visits_c=1230, visits_d=1230, visits_rgb=20_000, rgb_rays=1024,
+                  rgb_scenes=32),
 }
 
 
@@ -199,7 +245,7 @@ class Autoencoder(nn.Module):
         down, up, last = [], [], width[-1]
         for before, after in zip((3, *width), width):
             down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1), _Residual(after)]
-            up = [nn.SiLU(), nn.Conv2d(after, 4 * before, 3, padding=1), nn.PixelShuffle(2), *([_Residual(before)] if before > 3 else []), *up]
+            up = [nn.SiLU(), nn.Conv2d(after, 4 * before, 3, padding=1), nn.PixelShuffle(2), *([_Residual(before)] * (before > 3)), *up]
         self.encoder = nn.Sequential(*down, _Residual(last), nn.SiLU(), nn.Conv2d(last, channels, 3, padding=1))
         self.decoder = nn.Sequential(nn.Conv2d(channels, last, 3, padding=1), _Residual(last), _Residual(last), *up)
         self.to(memory_format=torch.channels_last)                      # a quarter faster on a CPU
@@ -242,7 +288,8 @@ class Model(nn.Module):
         self.autoencoder = None if rgb else Autoencoder(args.latent_channels, args.factor, args.width)
         self.shared = nn.Parameter(0.1 * torch.randn(args.bases, 3, R, R, macro)) if macro else None
         features = max(micro, macro) if args.fusion == "sum" else micro + macro
-        self.mlp = nn.Sequential(nn.Linear(features, args.hidden), nn.Softplus(), nn.Linear(args.hidden, 1 + (3 if rgb else args.latent_channels)))
+        self.mlp = nn.Sequential(nn.Linear(features, args.hidden), nn.Softplus(),
+                                 nn.Linear(args.hidden, 1 + (3 if rgb else args.latent_channels)))
         self.register_buffer("box", box)                                                            # (2, 3)
         self.register_buffer("white", bg)
 
@@ -284,7 +331,8 @@ def hit_box(rays_o: Tensor, rays_d: Tensor, box: Tensor, near: float, far: float
 def resample(edges: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     """Draws from the piecewise-constant density  weights, widened to their neighbours, + 0.01.  No gradient.
 
-    edges (..., S+1), weights (..., S), u (..., n) in [0, 1) -> t (..., n), sorted where u is. Source: mip-NeRF's blurred importance sampling.
+    edges (..., S+1), weights (..., S), u (..., n) in [0, 1) -> t (..., n), sorted where u is.
+    Source: mip-NeRF, blurred importance sampling.
     """
     wide = F.max_pool1d(weights.flatten(0, -2)[:, None], 2, 1, padding=1)                           # (.., 1, S+1)
     w = F.avg_pool1d(wide, 2, 1)[:, 0].view(weights.shape) + 0.01
@@ -421,7 +469,8 @@ class Album:
                 write_whole(file, lambda f: np.save(f, images))
                 write_whole(kept, lambda f: np.savez(f, K=both[0].numpy(), c2w=both[1].numpy(), test=len(test.names)))
             with np.load(kept) as data:
-                self.cameras[i] = {"c2w": torch.from_numpy(data["c2w"]), "K": torch.from_numpy(data["K"]), "test": int(data["test"]), "file": file}
+                self.cameras[i] = {"c2w": torch.from_numpy(data["c2w"]), "K": torch.from_numpy(data["K"]), "test": int(data["test"]),
+                                   "file": file}
         return self.cameras[i]
 
     def pictures(self, i: int, views) -> Tensor:
@@ -458,7 +507,8 @@ def measure_box(album: Album, scenes: list[int], cells: int = 48) -> Tensor:
             inside &= out | mask[y.long().clamp(0, H - 1), x.long().clamp(0, W - 1)]
         hull |= inside
     if not hull.any():
-        raise UserError(f"{album.family.name}: no point lies within the silhouettes of all views: wrong poses, or not on --background: try --box whole")
+        raise UserError(f"{album.family.name}: no point lies within the silhouettes of all views: wrong poses, or no white background? "
+                        "--box whole does without")
     found = points[hull]
     least, most = found.amin(0) - step, found.amax(0) + step
     margin = 0.05 * (most - least)
@@ -467,57 +517,61 @@ def measure_box(album: Album, scenes: list[int], cells: int = 48) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- who trains when
 
+EVERYTHING = ("autoencoder", "shared", "mlp")
+
+
 @dataclass(frozen=True)
 class Phase:
     """One phase of training: which scenes, from which model, what moves, by which losses. The plan below is the paper's freezing table."""
     name: str
     scenes: Literal["old", "new", "few"]
     visits: int
-    train: frozenset                    # of {encoder, decoder, planes, shared, mlp}; planes: private planes and W. Everything else is frozen
+    train: frozenset                    # of {encoder, decoder, planes, shared, mlp}; planes: a scene's row. All else is frozen
     losses: dict                        # of {autoencoder, latent, rgb, tv} -> weight
     planes: str = "both"                # micro | macro | both
     kind: str = "latent"                # or rgb
     store: str = ""                     # the file of the scenes' rows
     after: Optional[str] = None         # the phase whose model and mean scene it starts from
-    keep: tuple = ("autoencoder", "shared", "mlp")        # of that model; the rest is drawn anew
+    keep: tuple = EVERYTHING        # of that model; the rest is drawn anew
     encode: float = 1.0                 # share of a step's pictures that go through the encoder
     row: Optional[str] = None           # its name in the table, if its scenes are scored
 
 
 def plan(args: Args) -> list[Phase]:
     """The phases of a run, in order."""
-    rgb = Phase("rgb", "few" if args.representation == "latent" else "new", args.visits_rgb, frozenset({"planes", "mlp"}), {"rgb": 1, "tv": args.tv},
-                kind="rgb", store="rgb", row="RGB tri-planes")
+    rgb = Phase("rgb", "few" if args.representation == "latent" else "new", args.visits_rgb, frozenset({"planes", "mlp"}),
+                {"rgb": 1, "tv": args.tv}, kind="rgb", store="rgb", row="RGB tri-planes")
     if args.representation == "rgb":
         return [rgb]
     shared = frozenset() if args.new_shared == "frozen" else frozenset({"shared", "mlp"})
-    keep = ("autoencoder",) if args.new_shared == "random" else ("autoencoder", "shared", "mlp")
+    keep = ("autoencoder",) if args.new_shared == "random" else EVERYTHING
     tuned = frozenset({"decoder"}) if args.finetune == "decoder" else frozenset()
 
     def stage2(tag: str, planes: str, after: str, row: str, decoder: bool = True) -> list[Phase]:
-        c = Phase(f"{tag}C", "new", args.visits_c, frozenset({"planes"}) | shared, {"latent": 1}, planes, store=f"{tag}new", after=after, keep=keep, row=row)
+        c = Phase(f"{tag}C", "new", args.visits_c, frozenset({"planes"}) | shared, {"latent": 1}, planes, store=f"{tag}new", after=after,
+                  keep=keep, row=row)
         d = replace(c, name=f"{tag}D", visits=args.visits_d, train=c.train | tuned, losses={"rgb": 1}, after=c.name,
-                    keep=("autoencoder", "shared", "mlp"), row=f"{row}, + decoder" if tuned else f"{row}, RGB loss")
+                    keep=EVERYTHING, row=f"{row}, + decoder" if tuned else f"{row}, RGB loss")
         return [c, d] if decoder else [c]
 
     def stage1(tag: str, planes: str, after: str) -> Phase:
         return Phase(f"{tag}A", "old", args.visits_a, frozenset({"planes", "shared", "mlp"}), {"latent": 1, "tv": args.tv}, planes,
                      store=f"{tag}old", after=after, keep=("autoencoder",))
 
-    phases = [Phase("0", "old", args.visits_0, frozenset({"encoder", "decoder"}), {"autoencoder": 1}, args.planes), stage1("", args.planes, "0")]
+    phases = [Phase("0", "old", args.visits_0, frozenset({"encoder", "decoder"}), {"autoencoder": 1}, args.planes),
+              stage1("", args.planes, "0")]
     if args.autoencoder == "plain":
         phases += stage2("", args.planes, "A", "plain AE")
     else:
         losses = {"latent": args.lambda_latent, "rgb": 1, "autoencoder": args.lambda_ae, "tv": args.tv}
         phases.append(replace(phases[1], name="B", visits=args.visits_b, train=phases[1].train | {"encoder", "decoder"}, losses=losses,
-                              after="A", keep=("autoencoder", "shared", "mlp"), encode=args.encode))
+                              after="A", keep=EVERYTHING, encode=args.encode))
         phases += stage2("", args.planes, "B", "3D-aware AE")
         if "plain" in args.compare:
             phases += stage2("plain-", args.planes, "A", "plain AE", decoder=False)
-        for planes in ("micro", "macro"):                               # in the same latents, so without a phase B of their own
-            if planes in args.compare and planes != args.planes:
-                tag = f"{planes}-"
-                phases += [stage1(tag, planes, "B"), *stage2(tag, planes, f"{tag}A", f"{planes} only")]
+        for planes, row in (("micro", "micro only"), ("both", "micro and macro"), ("macro", "macro only")):
+            if planes in args.compare:                                  # on equal terms: all without a phase B of their own
+                phases += [stage1(f"{planes}-", planes, "B"), *stage2(f"{planes}-", planes, f"{planes}-A", row)]
     return phases + [rgb] * ("rgb" in args.compare)
 
 
@@ -575,13 +629,13 @@ def gathered(mine: dict) -> dict:
 # -------------------------------------------------------------------------------------------------------- render and evaluate
 
 @torch.no_grad()
-def render_views(model: Model, row: Tensor, c2w: Tensor, K: Tensor, size: int, near: float, far: float, decoder: Optional[Model] = None) -> dict:
+def render_views(model: Model, row: Tensor, c2w: Tensor, K: Tensor, family: Family, decoder: Optional[Model] = None) -> dict:
     """One scene, row (1, P), seen by cameras (n, 3, 4): y (n, C, h, w) as rendered, rgb (n, H, W, 3) in [0, 1], depth (n, h, w)."""
-    planes, side, parts = model.fuse(row), size // model.factor, []
-    xy = latent_pixels(size, model.factor, row.device)
+    planes, side, parts = model.fuse(row), family.size // model.factor, []
+    xy = latent_pixels(family.size, model.factor, row.device)
     for pose, k in zip(c2w.split(8 if model.factor > 1 else 1), K.split(8 if model.factor > 1 else 1)):        # a million samples at most
         rays_o, rays_d = rays_through(xy.expand(len(pose), -1, -1), pose, k)
-        parts.append(render(model, planes, rays_o.flatten(0, 1)[None], rays_d.flatten(0, 1)[None], near, far))
+        parts.append(render(model, planes, rays_o.flatten(0, 1)[None], rays_d.flatten(0, 1)[None], family.near, family.far))
     y = torch.cat([p["y"][0] for p in parts]).view(len(c2w), side, side, -1).permute(0, 3, 1, 2)
     rgb = ((decoder or model).decode(y).clamp(-1, 1).permute(0, 2, 3, 1) + 1) / 2
     return {"y": y, "rgb": rgb, "depth": torch.cat([p["depth"][0] for p in parts]).view(len(c2w), side, side)}
@@ -597,8 +651,7 @@ def evaluate(model: Model, store: Store, album: Album, scenes: list[int], device
         c, tests = album.scene(i), album.tests(i)
         x = album.pictures(i, tests).to(device)
         truth = (x.permute(0, 2, 3, 1) + 1) / 2
-        out = render_views(model, store.read([i])[0].to(device), c["c2w"][tests].to(device), c["K"][tests].to(device), family.size, family.near,
-                           family.far, decoder)
+        out = render_views(model, store.read([i])[0].to(device), c["c2w"][tests].to(device), c["K"][tests].to(device), family, decoder)
         mean = lambda measure, a, b: float(torch.stack([measure(p, q) for p, q in zip(a, b)]).mean())
         mine[i] = {"psnr": mean(psnr, out["rgb"], truth), "ssim": mean(ssim, out["rgb"], truth)}
         if not model.rgb:
@@ -612,22 +665,34 @@ def evaluate(model: Model, store: Store, album: Album, scenes: list[int], device
 
 # --------------------------------------------------------------------------------------------------------------- training
 
+@dataclass
+class Setup:
+    """What stays the same through all phases of a run."""
+    args: Args
+    album: Album
+    scenes: dict            # old, new, few -> numbers
+    box: Tensor             # (2, 3)
+    path: Path
+    run: Optional[Run]      # None on all ranks but the first
+    device: str
+
+
 # flags that may change between a run and its --resume or --eval-only
 FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard", "save_every"}
 
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
-    check_flags(args, positive=("size", "scenes", "new_scenes", "rgb_scenes", "latent_channels", "resolution", "micro", "macro", "bases", "hidden", "samples",
-                                "batch", "views", "visits_0", "visits_a", "visits_b", "visits_c", "visits_d", "visits_rgb", "rgb_rays", "lr", "lr_rgb",
-                                "lr_mlp", "lr_ae", "save_every"),
+    check_flags(args, positive=("size", "scenes", "new_scenes", "rgb_scenes", "latent_channels", "resolution", "micro", "macro", "bases",
+                                "hidden", "samples", "batch", "views", "visits_0", "visits_a", "visits_b", "visits_c", "visits_d",
+                                "visits_rgb", "rgb_rays", "lr", "lr_rgb", "lr_mlp", "lr_ae", "save_every"),
                 not_negative=("first", "fine", "lambda_latent", "lambda_ae", "tv", "eval_every"))
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     if args.factor not in (4, 8) or args.size % args.factor:
         raise UserError(f"--factor {args.factor} --size {args.size}: wanted 4 or 8, and a size that it divides")
     if len(args.width) < args.factor.bit_length() - 1 or min(args.width) < 1:
-        raise UserError(f"--width {' '.join(map(str, args.width))}: wanted {args.factor.bit_length() - 1} positive numbers, one for each halving")
+        raise UserError(f"--width {' '.join(map(str, args.width))}: wanted {args.factor.bit_length() - 1} positive numbers, one a halving")
     if args.fusion == "sum" and args.micro != args.macro:
         raise UserError(f"--fusion sum --micro {args.micro} --macro {args.macro}: only equal numbers of features can be added")
     if not 0 < args.encode <= 1:
@@ -651,9 +716,10 @@ class Batch:
     share_encoded: float    # of the step's pictures that do
 
 
-def draw_batch(args: Args, number: int, phase: Phase, step: int, model: Model, album: Album, scenes: list[int], device) -> Optional[Batch]:
+def draw_batch(setup: Setup, args: Args, number: int, phase: Phase, step: int, model: Model) -> Optional[Batch]:
     """The pictures of a step. All ranks draw the same numbers for all slots and take their own; None if this rank's slots rest."""
     rank, world = ranks()
+    album, scenes = setup.album, setup.scenes[phase.scenes]
     slots = [(j, i) for j, i in enumerate(schedule(scenes, args.batch, step, args.seed, number)) if i is not None]
     mine = [(j, i) for j, i in slots if j % world == rank]
     g, shape, half = generator(args.seed, number, 0, step), (args.batch, args.views), model.factor // 2
@@ -674,14 +740,15 @@ def draw_batch(args: Args, number: int, phase: Phase, step: int, model: Model, a
     every = round(1 / phase.encode)                                     # one slot in so many is encoded, in turns
     encodes = lambda j: (j + step) % every == 0 or args.batch < every
     encoded = [k for k, j in enumerate(j for j in js for _ in range(args.views)) if encodes(j)]
-    take = lambda a: a[js].flatten(0, 1).to(device)
-    return Batch([i for _, i in mine], moved(torch.cat(x), take(shift).cpu()).to(device), torch.cat(c2w).to(device), torch.cat(K).to(device), take(shift),
-                 take(jitter), take(pixels) if model.rgb else None, len(mine) / len(slots),
-                 encoded, len(encoded) / max(args.views * sum(encodes(j) for j, _ in slots), 1))
+    take = lambda a: a[js].flatten(0, 1).to(setup.device)
+    x = moved(torch.cat(x), shift[js].flatten(0, 1))
+    return Batch([i for _, i in mine], x.to(setup.device), torch.cat(c2w).to(setup.device), torch.cat(K).to(setup.device), take(shift),
+                 take(jitter), take(pixels) if model.rgb else None, len(mine) / len(slots), encoded,
+                 len(encoded) / max(args.views * sum(encodes(j) for j, _ in slots), 1))
 
 
 def losses_of(model: Model, phase: Phase, planes: Optional[Tensor], b: Batch, family: Family) -> dict:
-    """The phase's losses, mean squared errors of quantities in [-1, 1], each as this rank's part of the step's mean. planes (B, 3, R, R, F).
+    """The phase's losses, mean squared errors of quantities in [-1, 1], each this rank's part of the step's mean. planes (B, 3, R, R, F).
 
     autoencoder = |D(E(x)) - x|^2,  latent = |n(E(x)) - y|^2,  rgb = |D(n^-1(y)) - x|^2  with y = render(T, pose),  tv = total_variation(T).
     """
@@ -716,27 +783,27 @@ def copy_whole(source: Path, target: Path) -> None:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
-def open_phase(args: Args, number: int, phase: Phase, done: dict, box: Tensor, bg: Tensor, path: Path, device) -> tuple[Model, Optional[Store]]:
+def open_phase(setup: Setup, number: int, phase: Phase, done: dict) -> tuple[Model, Optional[Store]]:
     """The model that a phase starts from, and the file of its scenes' rows."""
+    args = setup.args
     with torch.random.fork_rng():
         torch.manual_seed(int(generator(args.seed, number).initial_seed()))
-        model = Model(args, phase.planes, phase.kind == "rgb", box, bg)
+        model = Model(args, phase.planes, phase.kind == "rgb", setup.box, setup.album.family.bg)
     mean = None
     if phase.after:
         before = done[phase.after]
         model.load_state_dict({k: v for k, v in before["model"].items() if k.split(".")[0] in phase.keep}, strict=False)
         mean = before["mean"] if args.start == "mean" and phase.scenes == "new" else None
-    model = model.to(device)
-    return model, Store(path / f"planes-{phase.store}.bin", model, mean, args.seed) if phase.store else None
+    model = model.to(setup.device)
+    return model, Store(setup.path / f"planes-{phase.store}.bin", model, mean, args.seed) if phase.store else None
 
 
-def run_phase(args: Args, number: int, phase: Phase, model: Model, store: Optional[Store], album: Album, scenes: list[int], run: Optional[Run],
-              path: Path, state: Optional[dict], before: int, device) -> dict:
-    """Train one phase to its end; -> {"seconds": of training, "steps"}. state: of the checkpoint to go on from. before: steps of earlier phases.
+def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Optional[Store], state: Optional[dict], before: int) -> dict:
+    """Train one phase to its end; -> {"seconds": of training, "steps"}. state: a checkpoint to go on from. before: steps of other phases.
 
     Every random number of a step comes from generator(seed, phase, step): nothing else to save, and all ranks agree.
     """
-    rank, world = ranks()
+    args, scenes, run, world = setup.args, setup.scenes[phase.scenes], setup.run, ranks()[1]
     args = replace(args, batch=min(args.batch, math.ceil(len(scenes) / world) * world))
     visits_a_step = args.batch * args.views / len(scenes)
     steps = min(args.steps or 10 ** 9, math.ceil(phase.visits / visits_a_step))
@@ -744,17 +811,18 @@ def run_phase(args: Args, number: int, phase: Phase, model: Model, store: Option
     moving = {"encoder": (lambda: model.autoencoder.encoder.parameters(), args.lr_ae), "mlp": (model.mlp.parameters, args.lr_mlp),
               "decoder": (lambda: model.autoencoder.decoder.parameters(), tuning * args.lr_ae), "shared": (lambda: [model.shared], args.lr)}
     model.requires_grad_(False)
-    groups = [{"params": [p.requires_grad_() for p in of() if p is not None], "rate": rate} for name, (of, rate) in moving.items() if name in phase.train]
+    groups = [{"params": [p.requires_grad_() for p in of() if p is not None], "rate": rate}
+              for name, (of, rate) in moving.items() if name in phase.train]
     shared = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99)) if shared else None
-    clock, step = Stopwatch(device), 0
+    clock, step = Stopwatch(setup.device), 0
     if state:
         model.load_state_dict(state["model"])
         if optimiser:
             optimiser.load_state_dict(state["optimiser"])
-        step, clock = state["step"], Stopwatch(device, state["seconds"])
-    keep = lambda: checkpoint(run, path, store, {"phase": phase.name, "step": step, "seconds": clock.seconds, "model": model.state_dict(),
-                                                 "optimiser": optimiser.state_dict() if optimiser else {}})
+        step, clock = state["step"], Stopwatch(setup.device, state["seconds"])
+    keep = lambda: checkpoint(setup, store, {"phase": phase.name, "step": step, "seconds": clock.seconds, "model": model.state_dict(),
+                                          "optimiser": optimiser.state_dict() if optimiser else {}})
     if not state:
         keep()                                                          # before the first row is written
     progress = Progress(steps, step) if run else None
@@ -764,18 +832,18 @@ def run_phase(args: Args, number: int, phase: Phase, model: Model, store: Option
         for group in optimiser.param_groups if optimiser else ():
             group["lr"] = group["rate"] * decay
         # 1. the step's scenes and views
-        batch = draw_batch(args, number, phase, step, model, album, scenes, device)
-        total = torch.zeros((), device=device)
+        batch = draw_batch(setup, args, number, phase, step, model)
+        total = torch.zeros((), device=setup.device)
         for p in shared:
             p.grad = torch.zeros_like(p)
         if batch:
             planes = None
             if store:
                 rows, moments = store.read(batch.scenes)
-                rows = rows.to(device).requires_grad_()
+                rows = rows.to(setup.device).requires_grad_()
                 planes = model.fuse(rows)                                                           # (B, 3, R, R, F)
             # 2. losses, gradients
-            losses = losses_of(model, phase, planes, batch, album.family)
+            losses = losses_of(model, phase, planes, batch, setup.album.family)
             total = total + sum(phase.losses[name] * value for name, value in losses.items())
             total.backward()
         # 3. what is shared moves by all ranks' gradients, a scene's row by its own
@@ -790,7 +858,7 @@ def run_phase(args: Args, number: int, phase: Phase, model: Model, store: Option
         # 4. the books
         visits, due = step * visits_a_step, args.eval_every and phase.row is not None
         scored = due and (step == steps or visits // args.eval_every > (visits - visits_a_step) // args.eval_every)
-        scores = evaluate(model, store, album, scenes, device) if scored else {}
+        scores = evaluate(model, store, setup.album, scenes, setup.device) if scored else {}
         if run:
             progress(step, **{phase.name: total})
             if scored or step % 100 == 0 or step == steps:
@@ -803,15 +871,15 @@ def run_phase(args: Args, number: int, phase: Phase, model: Model, store: Option
     return {"seconds": clock.seconds, "steps": steps}
 
 
-def checkpoint(run: Optional[Run], path: Path, store: Optional[Store], state: dict) -> None:
+def checkpoint(setup: Setup, store: Optional[Store], state: dict) -> None:
     """Rank 0 writes ckpt.pt and a copy of the rows as they are now. Nobody writes rows meanwhile."""
     barrier()
-    if run:
+    if setup.run:
         kept = store and f"{store.path.stem}-{state['step']:07d}.kept"
         if store:
-            copy_whole(store.path, path / kept)
-        run.save({**state, "kept": kept})
-        for old in path.glob("*.kept"):
+            copy_whole(store.path, setup.path / kept)
+        setup.run.save({**state, "kept": kept})
+        for old in setup.path.glob("*.kept"):
             if old.name != kept:
                 old.unlink()
     barrier()
@@ -835,6 +903,19 @@ def from_rank_0(value):
     return box[0]
 
 
+def choose_scenes(args: Args, family: Family) -> dict[str, list[int]]:
+    """Numbers of the scenes of stage 1 ("old"), of stage 2 ("new"), of those that RGB planes get ("few"). UserError for broken ones."""
+    end = args.first + args.scenes + args.new_scenes
+    if end > len(family.scenes):
+        raise UserError(f"{family.name}: has {len(family.scenes)} scenes, but --first {args.first} --scenes {args.scenes} --new-scenes "
+                        f"{args.new_scenes} ask for {end}: lower them")
+    ids = family.check(list(range(args.first, end)), args.skip_bad)
+    old, new = [i for i in ids if i < args.first + args.scenes], [i for i in ids if i >= args.first + args.scenes]
+    if not old or not new:
+        raise UserError(f"{family.name}: no usable scene is left for stage {2 if old else 1}: other --first, --scenes, --new-scenes")
+    return {"old": old, "new": new, "few": new[:args.rgb_scenes]}
+
+
 def train(args: Args) -> dict:
     """All phases of the plan, scored; write the run folder; -> what summary.json holds."""
     device = start_group(args.device)
@@ -842,71 +923,55 @@ def train(args: Args) -> dict:
     args = replace(args, factor=args.factor or (4 if args.size <= 64 else 8))
     check(args)
     family = load_family(args.scene, args.data, args.size, above=args.above)
-    end = args.first + args.scenes + args.new_scenes
-    if end > len(family.scenes):
-        raise UserError(f"{family.name}: has {len(family.scenes)} scenes, --first {args.first} --scenes {args.scenes} --new-scenes {args.new_scenes} "
-                        f"ask for {end}: lower them")
-    ids = family.check(list(range(args.first, end)), args.skip_bad)
-    scenes = {"old": [i for i in ids if i < args.first + args.scenes], "new": [i for i in ids if i >= args.first + args.scenes]}
-    scenes["few"] = scenes["new"][:args.rgb_scenes]
-    if not scenes["old"] or not scenes["new"]:
-        raise UserError(f"{family.name}: no usable scene is left for stage {2 if scenes['old'] else 1}: other --first, --scenes, --new-scenes")
-    again = args.resume or args.eval_only
-    run = Run("latent_scenes", family.name, args.out, asdict(args), resume=again) if rank == 0 else None
-    path = Path(from_rank_0(str(run.path) if run else None))
-    resumed = from_rank_0(run.resumed if run else None)
+    scenes = choose_scenes(args, family)
+    run = Run("latent_scenes", family.name, args.out, asdict(args), resume=args.resume or args.eval_only) if rank == 0 else None
+    path, resumed = from_rank_0(run and (run.path, run.resumed))
     if args.eval_only and not resumed:
         raise UserError(f"{path}: no ckpt.pt to evaluate: train first")
-    state = None
-    if resumed:
-        state = from_rank_0(run.load({name: value for name, value in run.args.items() if name not in FREE}) if run else None)
-
+    expect = {name: value for name, value in run.args.items() if name not in FREE} if run else {}
+    state = from_rank_0(run and resumed and run.load(expect)) or {"phase": None}
+    board = tensorboard(path) if args.tensorboard and run else None
     album = Album(family, path / "pictures")
-    box = from_rank_0((family.aabb if args.box == "whole" else measure_box(album, scenes["old"][:16])) if rank == 0 else None)
-    phases, done = plan(args), {}
+    box = from_rank_0(run and (family.aabb if args.box == "whole" else measure_box(album, scenes["old"][:16])))
+    setup, phases, done = Setup(args, album, scenes, box, path, run, device), plan(args), {}
     for number, phase in enumerate(phases):
-        file = path / f"phase-{phase.name}.pt"
-        if file.is_file():
+        file, mine = path / f"phase-{phase.name}.pt", scenes[phase.scenes]
+        if file.is_file():                                              # finished before
             done[phase.name] = torch.load(file, map_location="cpu", weights_only=True)
             continue
         if args.eval_only:
             raise UserError(f"{path}: phase {phase.name} is not finished: --resume first")
-        for i in scenes[phase.scenes][rank::world]:
+        cut = state if state["phase"] == phase.name else None
+        if cut and cut["kept"] and run:                                 # rows as they were at the checkpoint
+            copy_whole(path / cut["kept"], path / f"planes-{phase.store}.bin")
+        for i in mine[rank::world]:
             album.scene(i)                                              # loading and drawing is not training
         barrier()
-        model, store = open_phase(args, number, phase, done, box, family.bg, path, device)
-        mine = state if state and state["phase"] == phase.name else None
-        if mine and mine["kept"] and rank == 0:                         # rows as they were at the checkpoint
-            copy_whole(path / mine["kept"], store.path)
-        barrier()
-        if mine and store:
-            store.close()
-            store = Store(store.path, model, store.mean, args.seed)     # the file is another one now
+        model, store = open_phase(setup, number, phase, done)
         before = sum(d["steps"] for d in done.values())
-        if rank == 0:
-            run.rewind(before + (mine["step"] if mine else 0))          # lines that will be written again
-            print(f"phase {phase.name}: {len(scenes[phase.scenes])} {phase.scenes} scenes; moves {', '.join(sorted(phase.train))}", flush=True)
-        result = run_phase(args, number, phase, model, store, album, scenes[phase.scenes], run, path, mine, before, device)
+        if run:
+            run.rewind(before + (cut["step"] if cut else 0))            # lines that will be written again
+            print(f"phase {phase.name}: {len(mine)} {phase.scenes} scenes; moves {', '.join(sorted(phase.train))}", flush=True)
+        result = run_phase(setup, number, phase, model, store, cut, before)
         if phase.name == "0":
-            pictures = torch.cat([album.pictures(i, slice(None)) for i in scenes["old"][:16]]) if rank == 0 else None
-            if rank == 0:
-                model.autoencoder.measure(pictures.to(device))
-            for value in (model.autoencoder.s, model.autoencoder.bg):
-                if dist.is_initialized():
-                    dist.broadcast(value, 0)
-        barrier()
-        result["mean"] = sum(store.read([i])[0][0] for i in scenes[phase.scenes]) / len(scenes[phase.scenes]) if store else None
+            if run:
+                model.autoencoder.measure(torch.cat([album.pictures(i, slice(None)) for i in mine[:16]]).to(device))
+            model.load_state_dict(from_rank_0(model.state_dict()))
+        barrier()                                                       # all rows are written
         if phase.row:
-            result["scores"] = evaluate(model, store, album, scenes[phase.scenes], device)
-        done[phase.name] = {**result, "model": model.state_dict()}
-        if rank == 0:
-            if phase.row:
-                print(f"{phase.row}: {result['scores']['psnr']:.2f} dB, {result['seconds'] / len(scenes[phase.scenes]):.2f} s a scene in this phase", flush=True)
+            result["scores"] = evaluate(model, store, album, mine, device)
+        mean = store and (sum(store.read([i])[0][0] for i in mine) / len(mine) if phase.scenes == "old" else store.mean)
+        done[phase.name] = {**result, "model": model.state_dict(), "mean": mean, "bytes": store and 4 * store.P}
+        if run:
             write_whole(file, lambda f: torch.save(done[phase.name], f))
+        if run and phase.row:
+            print(f"{phase.row}: {result['scores']['psnr']:.2f} dB, {result['seconds'] / len(mine):.2f} s a scene in this phase", flush=True)
+            for name, value in result["scores"].items() if board else ():
+                board.add_scalar(f"{phase.name}/{name}", value, before + result["steps"])
         barrier()
         if store:
             store.close()
-    return conclude(args, run, path, phases, done, album, scenes, box, device)
+    return conclude(setup, phases, done)
 
 
 def chain(phases: list[Phase], name: str) -> list[Phase]:
@@ -920,25 +985,34 @@ def main_phase(phases: list[Phase]) -> Phase:
     return [p for p in phases if p.store == ("new" if any(p.store == "new" for p in phases) else "rgb")][-1]
 
 
-def price(args: Args, phases: list[Phase], done: dict, scenes: dict, last: Phase) -> dict:
-    """What a row of the table cost: seconds and bytes of one more scene, and those that all scenes share."""
-    model, way = done[last.name]["model"], chain(phases, last.name)
-    texels, rgb = 3 * args.resolution ** 2, last.kind == "rgb"
-    size = lambda *parts: sum(4 * v.numel() for k, v in model.items() if k.split(".")[0] in parts)
-    own = 4 * (texels * (args.micro + args.macro) if rgb else texels * args.micro * (last.planes != "macro") + args.bases * ("shared" in model))
-    decoders = sum(4 * v.numel() for k, v in model.items() if k.startswith("autoencoder.decoder")) * ("decoder" in last.train and last.scenes != "old")
-    seconds = lambda stage: sum(done[p.name]["seconds"] for p in way if (p.scenes == "old") == stage)
-    return {"seconds_per_scene": seconds(False) / len(scenes[last.scenes]), "bytes_per_scene": own, "seconds_shared": seconds(True),
-            "bytes_shared": size("autoencoder", "mlp", "shared") + decoders}
+def price(phases: list[Phase], done: dict, scenes: dict, last: Phase) -> dict:
+    """What a row of the table cost: seconds and bytes of one more scene, and those that all scenes share: of stage 1; of autoencoder, MLP,
+    shared planes, and of a second decoder where stage 2 tuned it."""
+    way = chain(phases, last.name)
+    seconds = lambda old: sum(done[p.name]["seconds"] for p in way if (p.scenes == "old") == old)
+    size = lambda *parts: sum(4 * v.numel() for name, v in done[last.name]["model"].items() if name.startswith(parts))
+    networks = size("autoencoder.encoder", "autoencoder.decoder", "mlp", "shared")
+    return {"seconds_per_scene": seconds(False) / len(scenes[last.scenes]), "bytes_per_scene": done[last.name]["bytes"],
+            "seconds_shared": seconds(True), "bytes_shared": networks + size("autoencoder.decoder") * ("decoder" in last.train)}
 
 
 def amortise(price: dict, N1: int, counts: list[int]) -> dict:
-    """N -> bytes and seconds a scene if N scenes share a row's shared costs; `seconds` keeps stage 1's scenes, `seconds_overhead` does not."""
+    """N -> bytes and seconds a scene if N scenes share what a row shares; `seconds` keeps stage 1's scenes, `seconds_overhead` does not."""
     table = {}
     for N in counts:
         kept, overhead = seconds_per_scene(N, N1 if price["seconds_shared"] else 0, price["seconds_shared"], price["seconds_per_scene"])
         table[N] = {"bytes": price["bytes_per_scene"] + price["bytes_shared"] / N, "seconds": kept, "seconds_overhead": overhead}
     return table
+
+
+def cost_curves(*tables: Optional[dict]) -> str:
+    """SVG: bytes and seconds a scene against the number of scenes; tables of amortise, of the run's own row and of RGB planes."""
+    curve = lambda table, key: (np.array(list(table)), np.maximum([cell[key] for cell in table.values()], 1e-3))
+    tables = {label: table for label, table in zip(("this run", "RGB tri-planes"), tables) if table}
+    seconds = {label: curve(table, "seconds") for label, table in tables.items()}
+    seconds |= {"stage 1 for nothing else": curve(tables["this run"], "seconds_overhead")}
+    return draw_panels([Panel("scenes", {label: curve(table, "bytes") for label, table in tables.items()}, "bytes a scene"),
+                        Panel("scenes", seconds, "seconds a scene")], log=True)
 
 
 def sheet(columns: list[Tensor], zoom: int) -> Tensor:
@@ -957,90 +1031,82 @@ def mosaic(y: Tensor, H: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(args: Args, path: Path, phases: list[Phase], done: dict, album: Album, scenes: dict, models: dict) -> None:
-    """sheet.png: new scenes, truth | latent | every row that still has its planes. test_*.png: strips of the main row. macro.png: what
-    the shared planes hold. render.mp4."""
-    family = album.family
-    main = main_phase(phases)
-    last = {p.store: p for p in phases if p.row}                        # C's planes are gone where D has moved them
-    shown = scenes["few"][:6]
-    see = lambda phase, i, c2w, K: render_views(models[phase.name][0], models[phase.name][1].read([i])[0].to(args.device), c2w.to(args.device),
-                                                K.to(args.device), family.size, family.near, family.far)
-    columns = {"truth": [], "latent": [], **{p.name: [] for p in last.values()}}
+def draw(setup: Setup, phases: list[Phase], done: dict, models: dict) -> None:
+    """sheet.png: new scenes, truth | four latent channels | the run's own decoded | rivals as in the table. test_*.png: strips of the
+    first. macro.png: the mean of --planes macro, then each weight W_k raised by two standard deviations. render.mp4."""
+    album, path, family = setup.album, setup.path, setup.album.family
+    main, zoom, rows = main_phase(phases), max(1, 128 // family.size), lambda p, ids: models[p.name][1].read(ids)[0].to(setup.device)
+    last = {p.store: p for p in phases if p.row and p.store != "both-new"}         # C's planes are gone where D has moved them
+    see = lambda p, row, c2w, K: render_views(models[p.name][0], row, c2w.to(setup.device), K.to(setup.device), family)
+    columns = {name: [] for name in ("truth", "latent", *(p.name for p in last.values()))}
+    shown = setup.scenes["few"][:6]
     for k, i in enumerate(shown):
-        c, v = album.scene(i), [k % len(album.tests(i))]
+        c, v = album.scene(i), [k % album.scene(i)["test"]]
         columns["truth"].append((album.pictures(i, v)[0].permute(1, 2, 0) + 1) / 2)
         for p in last.values():
-            out = see(p, i, c["c2w"][v], c["K"][v])
+            out = see(p, rows(p, [i]), c["c2w"][v], c["K"][v])
             columns[p.name].append(out["rgb"][0].cpu())
             if p == main:
                 columns["latent"].append(mosaic(out["y"], family.size)[0].cpu())
-                depth = out["depth"].repeat_interleave(models[p.name][0].factor, 1).repeat_interleave(models[p.name][0].factor, 2)[0].cpu()
+                depth = F.interpolate(out["depth"][None], size=(family.size, family.size), mode="nearest")[0, 0].cpu()
                 save_png(path / f"test_{i:03d}.png", strip(columns["truth"][-1], columns[p.name][-1], depth, family.near, family.far))
-    save_png(path / "sheet.png", sheet([torch.stack(column) for column in columns.values()], max(1, 128 // family.size)))
-    model, store = models[main.name]
-    macro = next((p for p in last.values() if p.planes == "macro"), None)
-    pose, K = orbit_poses(1, 1.3, 25.0)[:1], album.scene(shown[0])["K"][:1]
-    if macro:                                                           # W = mean, then mean + 2 standard deviations of one weight each
-        other, rows = models[macro.name][0], torch.cat([models[macro.name][1].read([i])[0] for i in scenes["new"]])
-        turn = [rows.mean(0), *(rows.mean(0) + 2 * row for row in torch.diag(rows.std(0)))]
-        tiles = [render_views(other, row[None].to(args.device), pose.to(args.device), K.to(args.device), family.size, family.near, family.far)["rgb"][0].cpu()
-                 for row in turn]
-        save_png(path / "macro.png", sheet([torch.stack([tile]) for tile in tiles], max(1, 128 // family.size)))
-    if args.video:
-        poses = orbit_poses(60, 1.3, 25.0)
-        films = [see(main, i, poses, K.expand(60, 3, 3))["rgb"].cpu() for i in shown[:4]]
+    save_png(path / "sheet.png", sheet([torch.stack(column) for column in columns.values()], zoom))
+    K = album.scene(shown[0])["K"][:1]
+    for p in last.values():
+        if p.planes == "macro":
+            W = rows(p, setup.scenes["new"])                                                        # (scenes, M)
+            tiles = [see(p, w[None], orbit_poses(8, 1.3, 25.0)[1:2], K)["rgb"] for w in (W.mean(0), *(W.mean(0) + 2 * torch.diag(W.std(0))))]
+            save_png(path / "macro.png", sheet([tile.cpu() for tile in tiles], zoom))
+    if setup.args.video:
+        films = [see(main, rows(main, [i]), orbit_poses(60, 1.3, 25.0), K.expand(60, 3, 3))["rgb"].cpu() for i in shown[:4]]
         save_video(path / "render.mp4", list(torch.cat(films, 2)))
 
 
-def conclude(args: Args, run: Optional[Run], path: Path, phases: list[Phase], done: dict, album: Album, scenes: dict, box: Tensor, device) -> dict:
+def conclude(setup: Setup, phases: list[Phase], done: dict) -> dict:
     """Rows, costs, pictures, summary."""
-    rank, world = ranks()
-    models = {p.name: open_phase(args, n, replace(p, after=p.name, keep=("autoencoder", "shared", "mlp")), done, box, album.family.bg, path, device)
-              for n, p in enumerate(phases)}
+    args, album, scenes, device = setup.args, setup.album, setup.scenes, setup.device
+    models = {p.name: open_phase(setup, n, replace(p, after=p.name, keep=EVERYTHING), done) for n, p in enumerate(phases)}
+    score = lambda p, ids, decoder=None: evaluate(*models[p.name], album, ids, device, decoder)
     if args.eval_only:
         for p in {p.store: p for p in phases if p.row}.values():        # the last phase of each file of rows
-            done[p.name]["scores"] = evaluate(*models[p.name], album, scenes[p.scenes], device)
-    rows, counts = {}, sorted({10, 30, 100, 300, 1000, 3000, len(scenes["old"]) + len(scenes["new"])})
-    for p in phases:
-        if p.row:
-            rows[p.row] = {**done[p.name]["scores"], **price(args, phases, done, scenes, p), "scenes": len(scenes[p.scenes])}
-    main = main_phase(phases)
+            done[p.name]["scores"] = score(p, scenes[p.scenes])
+    rows = {p.row: {**done[p.name]["scores"], **price(phases, done, scenes, p), "scenes": len(scenes[p.scenes])} for p in phases if p.row}
+    main, rgb = main_phase(phases), next((p for p in phases if p.kind == "rgb"), None)
+    counts, extra = sorted({10, 30, 100, 300, 1000, 3000, len(scenes["old"]) + len(scenes["new"])}), {}
     amortised = amortise(rows[main.row], len(scenes["old"]), counts)
-    extra = {}
-    rgb = next((p for p in phases if p.kind == "rgb"), None)
     if rgb and rgb != main:
         extra["amortised_rgb"] = amortise(rows[rgb.row], 0, counts)
-    if main.scenes != "few" and len(scenes["few"]) < len(scenes["new"]):                            # the RGB row's scenes
-        extra["few_scenes_psnr"] = evaluate(*models[main.name], album, scenes["few"], device)["psnr"]
-    old = next((p for p in reversed(phases) if p.store == "old"), None)
+    if len(scenes["few"]) < len(scenes["new"]):                         # the RGB row's scenes
+        extra["few_scenes_psnr"] = score(main, scenes["few"])["psnr"]
     if "decoder" in main.train:                                         # stage 1's scenes, with their own decoder and with the tuned one
-        some = scenes["old"][:8]
-        extra["old_scenes_psnr"] = evaluate(*models[old.name], album, some, device)["psnr"]
-        extra["old_scenes_psnr_new_decoder"] = evaluate(*models[old.name], album, some, device, decoder=models[main.name][0])["psnr"]
-    ceiling = [done[p.name]["scores"]["autoencoder_psnr"] for p in phases if p.row and p.kind == "latent" and p.store == "new"][:1]
-    total = sum(d["seconds"] for d in done.values())
-    scores = done[main.name]["scores"]
+        old = next(p for p in reversed(phases) if p.store == "old")
+        extra["old_scenes_psnr"] = score(old, scenes["old"][:8])["psnr"]
+        extra["old_scenes_psnr_new_decoder"] = score(old, scenes["old"][:8], models[main.name][0])["psnr"]
+    ceiling = next((done[p.name]["scores"]["autoencoder_psnr"] for p in phases if p.row and p.store == "new"), None)
+    total, scores = sum(d["seconds"] for d in done.values()), done[main.name]["scores"]
     summary = dict(method="latent_scenes", scene=album.family.name, data=album.family.kind, size=args.size, seed=args.seed,
-                   steps=sum(d["steps"] for d in done.values()), train_seconds=round(total, 2), peak_memory_mb=round(peak_memory_mb(device), 1),
-                   psnr=scores["psnr"], ssim=scores["ssim"], autoencoder_psnr=ceiling[0] if ceiling else None, ranks=world,
-                   scenes=len(scenes["old"]), new_scenes=len(scenes["new"]), rows=rows, amortised=amortised, **extra)
-    if rank == 0:
-        draw(args, path, phases, done, album, scenes, models)
-        run.summary(**summary)
-        print_table(rows)
+                   steps=sum(d["steps"] for d in done.values()), train_seconds=round(total, 2),
+                   peak_memory_mb=round(peak_memory_mb(device), 1), psnr=scores["psnr"], ssim=scores["ssim"], autoencoder_psnr=ceiling,
+                   ranks=ranks()[1], scenes=len(scenes["old"]), new_scenes=len(scenes["new"]), rows=rows, amortised=amortised, **extra)
+    if setup.run:
+        draw(setup, phases, done, models)
+        (setup.path / "costs.svg").write_text(cost_curves(amortised, extra.get("amortised_rgb")), encoding="utf-8")
+        setup.run.summary(**summary)
         shutil.rmtree(album.folder, ignore_errors=True)
-        print(f"{album.family.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scenes[main.scenes])} unseen scenes, {total:.1f} s of "
-              f"training; pictures in {path}")
+        print(table(rows))
+        print(f"{album.family.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scenes[main.scenes])} unseen scenes "
+              f"after {total:.1f} s of training; pictures in {setup.path}")
     barrier()
     return summary
 
 
-def print_table(rows: dict) -> None:
-    print(f"\n| {'unseen scenes':<28} | PSNR [dB] | SSIM   | s a scene | kB a scene | shared s | shared kB |\n|{'-' * 30}|{'-' * 10}:|{'-' * 7}:|{'-' * 10}:|{'-' * 11}:|{'-' * 9}:|{'-' * 10}:|")
-    for name, r in rows.items():
-        print(f"| {name:<28} | {r['psnr']:9.2f} | {r['ssim']:.4f} | {r['seconds_per_scene']:9.2f} | {r['bytes_per_scene'] / 1e3:10.1f} | "
-              f"{r['seconds_shared']:8.0f} | {r['bytes_shared'] / 1e3:9.0f} |")
+def table(rows: dict) -> str:
+    """Markdown. marginal: of one more scene. shared: paid once."""
+    lines = ["", "| unseen scenes | PSNR [dB] | SSIM | marginal s | marginal kB | shared s | shared kB |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {name} | {r['psnr']:.2f} | {r['ssim']:.4f} | {r['seconds_per_scene']:.2f} | {r['bytes_per_scene'] / 1e3:.2f} | "
+              f"{r['seconds_shared']:.0f} | {r['bytes_shared'] / 1e3:.0f} |" for name, r in rows.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
