@@ -145,15 +145,15 @@ class Args:
     """Scenes a step, over all ranks."""
     views: int = 1
     """Views of each."""
-    visits_0: int = 240
+    visits_0: int = 220
     """Phase 0, plain autoencoder: pictures of each stage-1 scene."""
-    visits_a: int = 40
+    visits_a: int = 30
     """Phase A, planes in frozen latents: views of each stage-1 scene."""
-    visits_b: int = 180
+    visits_b: int = 160
     """Phase B, joint training: views of each stage-1 scene."""
     visits_c: int = 20
     """Phase C, planes of new scenes in frozen latents: views of each new scene."""
-    visits_d: int = 80
+    visits_d: int = 70
     """Phase D, planes of new scenes behind the decoder: views of each new scene."""
     visits_rgb: int = 1000
     """RGB planes: batches of --rgb-rays of each scene."""
@@ -475,7 +475,7 @@ class Album:
 
     def pictures(self, i: int, views) -> Tensor:
         """(n, 3, H, W) in [-1, 1]."""
-        images = np.load(self.scene(i)["file"], mmap_mode="r")[views]
+        images = np.array(np.load(self.scene(i)["file"], mmap_mode="r")[views])                     # reads these views alone
         return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def tests(self, i: int) -> list[int]:
