@@ -31,12 +31,13 @@ Where the released code differs from this file:
 (4) Stage 2 draws the MLP anew and trains shared planes and decoder on: no old scene renders any more. Here shared planes and MLP stay
     (--new-shared trained, random: theirs), and a tuned decoder is a second one, whose bytes are counted; old scenes keep theirs.
     summary.json tells what they would look like through the new one.
-(5) The planes span [-1, 1]^3, twice the cars. Here the hull of the silhouettes of stage 1 (--box whole: the family's cube).
-(6) Order of scenes from an unsorted directory, jitter at evaluation. Here sorted, none, and every number of a step follows from (seed,
-    phase, step): runs repeat, also resumed ones, and on any number of ranks.
-(7) New planes start as noise. Here as the mean of stage 1's (--start random).
-(8) TV is a sum over everything; here a mean. Its autoencoder is Stable Diffusion's, 84 M weights, and samples its latents; here one of
-    0.3 M is trained from nothing, and has no noise. 48 + 48 samples a ray: --samples, --fine.
+(5) Its planes span [-1, 1]^3, twice the cars. Here the hull of the silhouettes of stage 1 (--box whole: the family's cube).
+(6) Its scenes come in the order of an unsorted directory listing, and it jitters at evaluation. Here sorted, no jitter, and every number of
+    a step follows from (seed, phase, step): on a CPU runs repeat, also resumed ones, and on any number of ranks.
+(7) Its new planes start as noise. Here as the mean of stage 1's (--new-start random).
+(8) Its TV is a sum over everything (its 1e-4 is about 10 of ours), here a mean; its rates fall in stage 2 alone, here in each phase. Its
+    autoencoder is Stable Diffusion's, 84 M weights, and samples its latents; here one of 0.3 M is trained from nothing, and has no noise.
+    48 + 48 samples a ray: --samples, --fine.
 Ours, not the paper's: training pictures are moved by up to half a latent pixel, with their rays (--no-shift), as planes are otherwise only
 ever seen along the same few rays; in phase B a quarter of the pictures goes through the encoder (--encode); no phase needs a latent cache.
 
@@ -52,6 +53,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional
@@ -139,7 +141,7 @@ class Args:
     fine: int = 0
     """More samples where these found something (the paper: 48 after 48)."""
     box: Literal["measured", "whole"] = "measured"
-    """The planes span the hull of stage 1's silhouettes, or the family's whole cube (the authors' is larger still)."""
+    """The planes span the hull of the silhouettes of stage 1's first 16 scenes, or the family's cube (the authors' is larger still)."""
 
     batch: int = 4
     """Scenes a step, over all ranks."""
@@ -160,13 +162,17 @@ class Args:
     rgb_rays: int = 128
     """Rays of one view that an RGB step takes of a scene."""
     lr: float = 6e-2
-    """Adam's learning rate of planes, weights W and shared planes. Every rate falls exponentially to a twentieth over each phase."""
+    """Adam's learning rate of planes, weights W and shared planes."""
     lr_rgb: float = 1e-1
     """The same for RGB planes."""
     lr_mlp: float = 5e-3
     """Of the MLP."""
     lr_ae: float = 2e-3
-    """Of encoder and decoder (phases 0 and B; in D a quarter)."""
+    """Of encoder and decoder (phases 0 and B)."""
+    lr_finetune: float = 5e-4
+    """Of the decoder in phase D."""
+    decay: float = 0.05
+    """What is left of every rate at the end of a phase (exponential)."""
     encode: float = 0.25
     """Share of phase B's pictures that go through the encoder, for the latent and the autoencoder's loss; it costs as much as rendering."""
     lambda_latent: float = 0.1
@@ -179,7 +185,7 @@ class Args:
     """What phase D tunes beside the planes. A tuned decoder is a second one: stage 1's scenes keep theirs."""
     new_shared: Literal["frozen", "trained", "random"] = "frozen"
     """Shared planes and MLP in stage 2: loaded and frozen, loaded and trained on, or drawn anew and trained (the authors' MLP)."""
-    start: Literal["mean", "random"] = "mean"
+    new_start: Literal["mean", "random"] = "mean"
     """New planes start as the mean of stage 1's, or as noise (the authors')."""
     shift: bool = True
     """Move each training picture by up to half a latent pixel, and its rays with it: planes are seen between latent pixels too (ours)."""
@@ -193,6 +199,7 @@ PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", size=128, scenes=500, new_scenes=500, latent_channels=4, width=(64, 128, 256), resolution=64, micro=10,
                   macro=22, bases=50, hidden=64, samples=48, fine=48, batch=32, encode=1.0, lr=1e-2, lr_rgb=1e-2, lr_mlp=1e-2, lr_ae=1e-4,
+                  lr_finetune=1e-4, lambda_latent=1.0, lambda_ae=0.1,
                   visits_0=2000, visits_a=1230, visits_b=1230, visits_c=1230, visits_d=1230, visits_rgb=20_000, rgb_rays=1024,
                   rgb_scenes=32),
 }
@@ -413,8 +420,8 @@ class Store:
     stands for the start: `mean` (P,) or noise drawn from (seed, scene). So a step's cost does not depend on how many scenes there are,
     and a scene that is not in the batch does not move (a dense Adam would push it along its old momentum).
     """
-    def __init__(self, path: Path, model: Model, mean: Optional[Tensor], seed: int):
-        self.path, self.mean, self.seed = path, mean, seed
+    def __init__(self, path: Path, model: Model, mean: Optional[Tensor], seed: int, first: int = 0):
+        self.path, self.mean, self.seed, self.first = path, mean, seed, first                       # first: scene of the file's first row
         self.P = math.prod(model.own) + model.bases
         self.bases, self.bytes = model.bases, 4 * (3 * self.P + 1)
         self.file = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -428,7 +435,7 @@ class Store:
         """-> p (B, P) and the moments (m, v, t) that step wants back."""
         rows = np.zeros((len(scenes), 3 * self.P + 1), np.float32)
         for row, scene in zip(rows, scenes):
-            data = os.pread(self.file, self.bytes, scene * self.bytes)
+            data = os.pread(self.file, self.bytes, (scene - self.first) * self.bytes)
             row[:len(data) // 4] = np.frombuffer(data, np.float32)                                  # short or empty beyond the file's end
         rows = torch.from_numpy(rows)
         p, m, v, t = rows.split([self.P, self.P, self.P, 1], 1)
@@ -443,7 +450,7 @@ class Store:
         t, m, v = t + 1, 0.9 * m + 0.1 * d_p, 0.99 * v + 0.01 * d_p ** 2
         p = p - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.99 ** t)).sqrt() + 1e-8)
         for row, scene in zip(torch.cat([p, m, v, t], 1).cpu().numpy(), scenes):
-            os.pwrite(self.file, row.tobytes(), scene * self.bytes)
+            os.pwrite(self.file, row.tobytes(), (scene - self.first) * self.bytes)
 
     def close(self) -> None:
         os.close(self.file)
@@ -577,7 +584,7 @@ def plan(args: Args) -> list[Phase]:
 
 def generator(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers alone: (seed, phase, step) draw the same on every rank and after every resume."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0]))
 
 
 def schedule(scenes: list[int], B: int, step: int, *seed: int) -> list[Optional[int]]:
@@ -685,8 +692,8 @@ def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
     check_flags(args, positive=("size", "scenes", "new_scenes", "rgb_scenes", "latent_channels", "resolution", "micro", "macro", "bases",
                                 "hidden", "samples", "batch", "views", "visits_0", "visits_a", "visits_b", "visits_c", "visits_d",
-                                "visits_rgb", "rgb_rays", "lr", "lr_rgb", "lr_mlp", "lr_ae", "save_every"),
-                not_negative=("first", "fine", "lambda_latent", "lambda_ae", "tv", "eval_every"))
+                                "visits_rgb", "rgb_rays", "lr", "lr_rgb", "lr_mlp", "lr_ae", "lr_finetune", "save_every"),
+                shares=("decay",), not_negative=("first", "fine", "lambda_latent", "lambda_ae", "tv", "eval_every"))
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
     if args.factor not in (4, 8) or args.size % args.factor:
@@ -695,8 +702,8 @@ def check(args: Args) -> None:
         raise UserError(f"--width {' '.join(map(str, args.width))}: wanted {args.factor.bit_length() - 1} positive numbers, one a halving")
     if args.fusion == "sum" and args.micro != args.macro:
         raise UserError(f"--fusion sum --micro {args.micro} --macro {args.macro}: only equal numbers of features can be added")
-    if not 0 < args.encode <= 1:
-        raise UserError(f"--encode {args.encode}: wanted a share above 0, at most 1")
+    if args.encode not in [1 / k for k in range(1, args.batch + 1)]:
+        raise UserError(f"--encode {args.encode}: wanted 1, 1/2, 1/3, ... down to one over --batch {args.batch}")
     if args.batch % ranks()[1]:
         raise UserError(f"--batch {args.batch}: must be a multiple of the {ranks()[1]} ranks")
 
@@ -738,7 +745,7 @@ def draw_batch(setup: Setup, args: Args, number: int, phase: Phase, step: int, m
         c2w.append(c["c2w"][v])
         K.append(c["K"][v])
     every = round(1 / phase.encode)                                     # one slot in so many is encoded, in turns
-    encodes = lambda j: (j + step) % every == 0 or args.batch < every
+    encodes = lambda j: (j + step) % every == 0
     encoded = [k for k, j in enumerate(j for j in js for _ in range(args.views)) if encodes(j)]
     take = lambda a: a[js].flatten(0, 1).to(setup.device)
     x = moved(torch.cat(x), shift[js].flatten(0, 1))
@@ -783,6 +790,18 @@ def copy_whole(source: Path, target: Path) -> None:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
 
 
+def load_phase(file: Path, rows: Optional[Path]) -> dict:
+    """What a finished phase left; UserError if it or its file of rows cannot be used."""
+    try:
+        done = torch.load(file, map_location="cpu", weights_only=True)
+        done["model"], done["seconds"], done["steps"]
+    except Exception as error:                                          # zip, pickle, EOF, key, type: all mean the same here
+        raise UserError(f"{file}: not a usable phase ({type(error).__name__}): start afresh with another --out") from None
+    if rows and not rows.is_file():
+        raise UserError(f"{rows}: not found: {file.name} needs it: start afresh with another --out")
+    return done
+
+
 def open_phase(setup: Setup, number: int, phase: Phase, done: dict) -> tuple[Model, Optional[Store]]:
     """The model that a phase starts from, and the file of its scenes' rows."""
     args = setup.args
@@ -793,23 +812,24 @@ def open_phase(setup: Setup, number: int, phase: Phase, done: dict) -> tuple[Mod
     if phase.after:
         before = done[phase.after]
         model.load_state_dict({k: v for k, v in before["model"].items() if k.split(".")[0] in phase.keep}, strict=False)
-        mean = before["mean"] if args.start == "mean" and phase.scenes == "new" else None
+        mean = before["mean"] if args.new_start == "mean" and phase.scenes == "new" and phase.keep == EVERYTHING else None
     model = model.to(setup.device)
-    return model, Store(setup.path / f"planes-{phase.store}.bin", model, mean, args.seed) if phase.store else None
+    file = setup.path / f"planes-{phase.store}.bin"
+    return model, Store(file, model, mean, args.seed, setup.scenes[phase.scenes][0]) if phase.store else None
 
 
-def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Optional[Store], state: Optional[dict], before: int) -> dict:
-    """Train one phase to its end; -> {"seconds": of training, "steps"}. state: a checkpoint to go on from. before: steps of other phases.
+def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Optional[Store], state: Optional[dict], before: dict) -> dict:
+    """Train one phase to its end; -> {"seconds": of training, "steps", "scores"}. state: a checkpoint to go on from. before:
+    {"steps", "seconds"} of the earlier phases.
 
     Every random number of a step comes from generator(seed, phase, step): nothing else to save, and all ranks agree.
     """
-    args, scenes, run, world = setup.args, setup.scenes[phase.scenes], setup.run, ranks()[1]
-    args = replace(args, batch=min(args.batch, math.ceil(len(scenes) / world) * world))
-    visits_a_step = args.batch * args.views / len(scenes)
-    steps = min(args.steps or 10 ** 9, math.ceil(phase.visits / visits_a_step))
-    tuning = 0.25 if phase.scenes == "new" else 1                       # a decoder that has learned already
+    args, scenes, run = setup.args, setup.scenes[phase.scenes], setup.run
+    lines = math.ceil(len(scenes) / args.batch)                         # steps in which every scene is seen once
+    steps = min(args.steps or 10 ** 9, math.ceil(phase.visits * lines / args.views))
     moving = {"encoder": (lambda: model.autoencoder.encoder.parameters(), args.lr_ae), "mlp": (model.mlp.parameters, args.lr_mlp),
-              "decoder": (lambda: model.autoencoder.decoder.parameters(), tuning * args.lr_ae), "shared": (lambda: [model.shared], args.lr)}
+              "shared": (lambda: [model.shared], args.lr),
+              "decoder": (lambda: model.autoencoder.decoder.parameters(), args.lr_ae if phase.scenes == "old" else args.lr_finetune)}
     model.requires_grad_(False)
     groups = [{"params": [p.requires_grad_() for p in of() if p is not None], "rate": rate}
               for name, (of, rate) in moving.items() if name in phase.train]
@@ -825,10 +845,10 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
                                           "optimiser": optimiser.state_dict() if optimiser else {}})
     if not state:
         keep()                                                          # before the first row is written
-    progress = Progress(steps, step) if run else None
+    progress, scores = Progress(steps, step) if run else None, {}
     while step < steps:
         clock.start()
-        decay = 0.05 ** (step / steps)
+        decay = args.decay ** (step / steps)
         for group in optimiser.param_groups if optimiser else ():
             group["lr"] = group["rate"] * decay
         # 1. the step's scenes and views
@@ -856,19 +876,23 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
             store.step(batch.scenes, rows.detach(), rows.grad, moments, decay * (args.lr_rgb if model.rgb else args.lr))
         step, seconds = step + 1, clock.stop()
         # 4. the books
-        visits, due = step * visits_a_step, args.eval_every and phase.row is not None
-        scored = due and (step == steps or visits // args.eval_every > (visits - visits_a_step) // args.eval_every)
-        scores = evaluate(model, store, setup.album, scenes, setup.device) if scored else {}
+        due = phase.row and (step == steps or args.eval_every and step * args.views // (lines * args.eval_every)
+                             > (step - 1) * args.views // (lines * args.eval_every))
+        scores = evaluate(model, store, setup.album, scenes, setup.device) if due else {}
         if run:
             progress(step, **{phase.name: total})
-            if scored or step % 100 == 0 or step == steps:
-                run.log(step=before + step, phase=phase.name, visits=visits, train_seconds=seconds, seconds_per_scene=seconds / len(scenes),
-                        loss=float(total), **scores)
+            if due or step % 100 == 0 or step == steps:
+                tag = "" if phase.store == main_phase(plan(args)).store else f"{phase.name}/"            # psnr is the run's own row's
+                run.log(step=before["steps"] + step, phase=phase.name, visits=step * args.views / lines, loss=float(total),
+                        train_seconds=before["seconds"] + seconds, seconds_per_scene=seconds / len(scenes),
+                        **{f"{tag}{name}": value for name, value in scores.items()})
         if step % args.save_every == 0 and step < steps:
             keep()
     if run:
         progress.close()
-    return {"seconds": clock.seconds, "steps": steps}
+    if phase.row and not scores:                                        # cut after its last step
+        scores = evaluate(model, store, setup.album, scenes, setup.device)
+    return {"seconds": clock.seconds, "steps": steps, **({"scores": scores} if phase.row else {})}
 
 
 def checkpoint(setup: Setup, store: Optional[Store], state: dict) -> None:
@@ -931,35 +955,37 @@ def train(args: Args) -> dict:
     expect = {name: value for name, value in run.args.items() if name not in FREE} if run else {}
     state = from_rank_0(run and resumed and run.load(expect)) or {"phase": None}
     board = tensorboard(path) if args.tensorboard and run else None
-    album = Album(family, path / "pictures")
-    box = from_rank_0(run and (family.aabb if args.box == "whole" else measure_box(album, scenes["old"][:16])))
+    album = Album(family, path / f"pictures-{args.size}{'' if args.above else '-all'}")
+    box = state["model"]["box"] if resumed else from_rank_0(
+        run and (family.aabb if args.box == "whole" else measure_box(album, scenes["old"][:16])))
     setup, phases, done = Setup(args, album, scenes, box, path, run, device), plan(args), {}
-    for number, phase in enumerate(phases):
+    for phase in phases:
+        number = zlib.crc32(phase.name.encode())                        # of its random numbers: whatever else is in --compare
         file, mine = path / f"phase-{phase.name}.pt", scenes[phase.scenes]
         if file.is_file():                                              # finished before
-            done[phase.name] = torch.load(file, map_location="cpu", weights_only=True)
+            done[phase.name] = load_phase(file, path / f"planes-{phase.store}.bin" if phase.store else None)
             continue
         if args.eval_only:
             raise UserError(f"{path}: phase {phase.name} is not finished: --resume first")
         cut = state if state["phase"] == phase.name else None
+        if cut and cut["kept"] and not (path / cut["kept"]).is_file():
+            raise UserError(f"{path / cut['kept']}: not found: ckpt.pt needs it: start afresh with another --out")
         if cut and cut["kept"] and run:                                 # rows as they were at the checkpoint
             copy_whole(path / cut["kept"], path / f"planes-{phase.store}.bin")
         for i in mine[rank::world]:
             album.scene(i)                                              # loading and drawing is not training
         barrier()
         model, store = open_phase(setup, number, phase, done)
-        before = sum(d["steps"] for d in done.values())
+        before = {key: sum(d[key] for d in done.values()) for key in ("steps", "seconds")}
         if run:
-            run.rewind(before + (cut["step"] if cut else 0))            # lines that will be written again
+            run.rewind(before["steps"] + (cut["step"] if cut else 0))            # lines that will be written again
             print(f"phase {phase.name}: {len(mine)} {phase.scenes} scenes; moves {', '.join(sorted(phase.train))}", flush=True)
         result = run_phase(setup, number, phase, model, store, cut, before)
         if phase.name == "0":
             if run:
-                model.autoencoder.measure(torch.cat([album.pictures(i, slice(None)) for i in mine[:16]]).to(device))
+                model.autoencoder.measure(torch.cat([album.pictures(i, slice(album.scene(i)["test"], None)) for i in mine[:16]]).to(device))
             model.load_state_dict(from_rank_0(model.state_dict()))
         barrier()                                                       # all rows are written
-        if phase.row:
-            result["scores"] = evaluate(model, store, album, mine, device)
         mean = store and (sum(store.read([i])[0][0] for i in mine) / len(mine) if phase.scenes == "old" else store.mean)
         done[phase.name] = {**result, "model": model.state_dict(), "mean": mean, "bytes": store and 4 * store.P}
         if run:
@@ -967,7 +993,7 @@ def train(args: Args) -> dict:
         if run and phase.row:
             print(f"{phase.row}: {result['scores']['psnr']:.2f} dB, {result['seconds'] / len(mine):.2f} s a scene in this phase", flush=True)
             for name, value in result["scores"].items() if board else ():
-                board.add_scalar(f"{phase.name}/{name}", value, before + result["steps"])
+                board.add_scalar(f"{phase.name}/{name}", value, before["steps"] + result["steps"])
         barrier()
         if store:
             store.close()
@@ -987,13 +1013,14 @@ def main_phase(phases: list[Phase]) -> Phase:
 
 def price(phases: list[Phase], done: dict, scenes: dict, last: Phase) -> dict:
     """What a row of the table cost: seconds and bytes of one more scene, and those that all scenes share: of stage 1; of autoencoder, MLP,
-    shared planes, and of a second decoder where stage 2 tuned it."""
+    shared planes, and of second copies of what stage 2 changed."""
     way = chain(phases, last.name)
     seconds = lambda old: sum(done[p.name]["seconds"] for p in way if (p.scenes == "old") == old)
     size = lambda *parts: sum(4 * v.numel() for name, v in done[last.name]["model"].items() if name.startswith(parts))
-    networks = size("autoencoder.encoder", "autoencoder.decoder", "mlp", "shared")
+    networks = {part: size(part) for part in ("autoencoder.encoder", "autoencoder.decoder", "mlp", "shared")}
+    second = [part for part in networks if part.split(".")[-1] in last.train and len(way) > 1]      # stage 1's scenes keep theirs
     return {"seconds_per_scene": seconds(False) / len(scenes[last.scenes]), "bytes_per_scene": done[last.name]["bytes"],
-            "seconds_shared": seconds(True), "bytes_shared": networks + size("autoencoder.decoder") * ("decoder" in last.train)}
+            "seconds_shared": seconds(True), "bytes_shared": sum(networks.values()) + sum(networks[part] for part in second)}
 
 
 def amortise(price: dict, N1: int, counts: list[int]) -> dict:
@@ -1055,7 +1082,8 @@ def draw(setup: Setup, phases: list[Phase], done: dict, models: dict) -> None:
     for p in last.values():
         if p.planes == "macro":
             W = rows(p, setup.scenes["new"])                                                        # (scenes, M)
-            tiles = [see(p, w[None], orbit_poses(8, 1.3, 25.0)[1:2], K)["rgb"] for w in (W.mean(0), *(W.mean(0) + 2 * torch.diag(W.std(0))))]
+            some = torch.cat([W.mean(0, keepdim=True), W.mean(0) + 2 * torch.diag(W.std(0, unbiased=False))])
+            tiles = [see(p, w[None], orbit_poses(8, 1.3, 25.0)[1:2], K)["rgb"] for w in some]
             save_png(path / "macro.png", sheet([tile.cpu() for tile in tiles], zoom))
     if setup.args.video:
         films = [see(main, rows(main, [i]), orbit_poses(60, 1.3, 25.0), K.expand(60, 3, 3))["rgb"].cpu() for i in shown[:4]]
