@@ -510,8 +510,8 @@ def measure_box(album: Album, scenes: list[int], cells: int = 48) -> Tensor:
         for mask, c2w, K in zip(solid, scene["c2w"][views.start:], scene["K"][views.start:]):
             p = (points - c2w[:, 3]) @ c2w[:, :3]                                                   # OpenGL: looks along -z
             x, y = K[0, 0] * p[:, 0] / -p[:, 2] + K[0, 2], K[1, 1] * -p[:, 1] / -p[:, 2] + K[1, 2]
-            out = (x < 0) | (x >= W) | (y < 0) | (y >= H) | (p[:, 2] >= 0)                          # not seen: says nothing
-            inside &= out | mask[y.long().clamp(0, H - 1), x.long().clamp(0, W - 1)]
+            seen = (x >= 0) & (x < W) & (y >= 0) & (y < H) & (p[:, 2] < 0)                          # the pictures hold the whole object
+            inside &= seen & mask[y.long().clamp(0, H - 1), x.long().clamp(0, W - 1)]
         hull |= inside
     if not hull.any():
         raise UserError(f"{album.family.name}: no point lies within the silhouettes of all views: wrong poses, or no white background? "
@@ -702,7 +702,7 @@ def check(args: Args) -> None:
         raise UserError(f"--width {' '.join(map(str, args.width))}: wanted {args.factor.bit_length() - 1} positive numbers, one a halving")
     if args.fusion == "sum" and args.micro != args.macro:
         raise UserError(f"--fusion sum --micro {args.micro} --macro {args.macro}: only equal numbers of features can be added")
-    if args.encode not in [1 / k for k in range(1, args.batch + 1)]:
+    if not 0.99 / args.batch <= args.encode <= 1 or abs(1 / args.encode - round(1 / args.encode)) > 0.02:
         raise UserError(f"--encode {args.encode}: wanted 1, 1/2, 1/3, ... down to one over --batch {args.batch}")
     if args.batch % ranks()[1]:
         raise UserError(f"--batch {args.batch}: must be a multiple of the {ranks()[1]} ranks")
