@@ -12,9 +12,17 @@ what was paid once is divided by the number of scenes.
 | T_i = T_i^micro, sum_k W_ik B_k         | Model.fuse; a scene's own numbers T_i^micro, W_i are a row of Store             |
 | tiny MLP, shared by all scenes          | Model.mlp, in Model.field                                                       |
 | L_latent, L_RGB, L_ae, TV               | losses_of                                                                       |
-| stage 1: autoencoder, planes, together  | phases 0, A, B of plan: which is also the table of what is frozen when          |
-| stage 2: planes; planes and decoder     | phases C, D                                                                     |
+| stage 1; stage 2                        | phases 0, A, B; phases C, D of plan                                             |
 | cost a scene, divided by N              | bytes_per_scene, seconds_per_scene, price, amortise                             |
+
+| phase | scenes  | what moves (the rest is frozen)  | losses                        |
+|-------|---------|----------------------------------|-------------------------------|
+| 0     | stage 1 | E, D                             | autoencoder                   |
+| A     | stage 1 | T_i^micro, W_i, B_k, MLP         | latent, TV                    |
+| B     | stage 1 | all of these                     | latent, RGB, autoencoder, TV  |
+| C     | new     | T_i^micro, W_i                   | latent                        |
+| D     | new     | T_i^micro, W_i, D                | RGB                           |
+| rgb   | new     | private planes, MLP              | RGB, TV; the baseline         |
 
 Sizes: B scenes and n pictures of a batch, R texels a side, F features, M shared planes, C latent channels, f pixels a latent pixel, S
 samples a ray.
@@ -41,10 +49,12 @@ Where the released code differs from this file:
 Ours, not the paper's: training pictures are moved by up to half a latent pixel, with their rays (--no-shift), as planes are otherwise only
 ever seen along the same few rays; in phase B a quarter of the pictures goes through the encoder (--encode); no phase needs a latent cache.
 
-What the runs say (README): RUNS
+What the runs say (README): over a thousand cars 92 % less time and 64 % less memory each than RGB tri-planes at their best, and 1.9 dB less;
+more than RGB planes of the same seconds up to two or three seconds a car. Phase B is worth 3.5 dB before the decoder is tuned, private and
+shared planes together 1.6 dB over either alone.
 
-    python latent_scenes.py                                  QUICK
-    python latent_scenes.py --scenes 100 --new-scenes 900 ...        LONG
+    python latent_scenes.py                                  24 unseen cars: 24.6 dB, five minutes of one core
+    python latent_scenes.py --scenes 100 --new-scenes 900 --visits-0 480 --visits-b 600 --visits-d 120         27.9 dB, 40 minutes
     torchrun --nproc-per-node=2 latent_scenes.py             the same, scenes split over two processes
     python latent_scenes.py --scene srn_cars --preset paper  for a GPU; not run
 """
