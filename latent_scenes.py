@@ -8,7 +8,7 @@ what was paid once is divided by the number of scenes.
 
 | paper                                   | here                                                                            |
 |-----------------------------------------|---------------------------------------------------------------------------------|
-| E, D; normalisation of latents          | Autoencoder.encoder, .decoder; squeeze, unsqueeze, measure                      |
+| E, D; normalisation of latents          | Autoencoder.encoder, .decoder; .normalise, .denormalise, .measure               |
 | T_i = T_i^micro, sum_k W_ik B_k         | Model.fuse; a scene's own numbers T_i^micro, W_i are a row of Store             |
 | tiny MLP, shared by all scenes          | Model.mlp, in Model.field                                                       |
 | L_latent, L_RGB, L_ae, TV               | losses_of                                                                       |
@@ -28,7 +28,7 @@ Sizes: B scenes and n pictures of a batch, R texels a side, F features, M shared
 samples a ray.
 
     y = render(T, pose), picture = D(n^-1(y))               render, Model.decode
-    n(z) = tanh(s z), s and background measured             Autoencoder.squeeze, measure
+    n(z) = tanh(s z), s and background measured             Autoencoder.normalise, measure
     a batch's scenes move, all others rest                  Store.step, run_phase
 
 Where the released code differs from this file:
@@ -269,11 +269,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("s", torch.ones(()))
         self.register_buffer("bg", torch.zeros(channels))
 
-    def squeeze(self, z: Tensor) -> Tensor:
+    def normalise(self, z: Tensor) -> Tensor:
+        """n(z) in (-1, 1), of any shape."""
         return torch.tanh(self.s * z)
 
-    def unsqueeze(self, y: Tensor) -> Tensor:
-        """n^-1, of what is clipped to [-1 + 1e-4, 1 - 1e-4]."""
+    def denormalise(self, y: Tensor) -> Tensor:
+        """n^-1(y), y clipped to [-1 + 1e-4, 1 - 1e-4]; no gradient where it is."""
         return torch.atanh(y.clamp(-1 + 1e-4, 1 - 1e-4)) / self.s
 
     @torch.no_grad()
@@ -281,7 +282,7 @@ class Autoencoder(nn.Module):
         """Set s and bg from pictures (n, 3, H, W)."""
         z = self.encoder(images)
         self.s.copy_(0.4 / z.std())
-        y = self.squeeze(z)
+        y = self.normalise(z)
         border = torch.cat([y[:, :, 0], y[:, :, -1], y[:, :, :, 0], y[:, :, :, -1]], -1)                # (n, C, 2 h + 2 w)
         self.bg.copy_((border.mean((0, 2)) + 1) / 2)
 
@@ -327,7 +328,7 @@ class Model(nn.Module):
 
     def decode(self, y: Tensor) -> Tensor:
         """Rendered (n, C, h, w) in [-1, 1] -> pictures (n, 3, H, W)."""
-        return y if self.rgb else self.autoencoder.decoder(self.autoencoder.unsqueeze(y))
+        return y if self.rgb else self.autoencoder.decoder(self.autoencoder.denormalise(y))
 
     def field(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, 3) in the world -> sigmas (B N,) = softplus(raw - 1) [1/length], rgbs (B N, C) = 1.002 sigmoid(raw) - 0.001."""
@@ -621,6 +622,7 @@ def ranks() -> tuple[int, int]:
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -673,7 +675,7 @@ def evaluate(model: Model, store: Store, album: Album, scenes: list[int], device
         mine[i] = {"psnr": mean(psnr, out["rgb"], truth), "ssim": mean(ssim, out["rgb"], truth)}
         if not model.rgb:
             z = model.autoencoder.encoder(x)
-            mine[i]["latent_psnr"] = mean(psnr, (out["y"] + 1) / 2, (model.autoencoder.squeeze(z) + 1) / 2)
+            mine[i]["latent_psnr"] = mean(psnr, (out["y"] + 1) / 2, (model.autoencoder.normalise(z) + 1) / 2)
             again = ((decoder or model).autoencoder.decoder(z).clamp(-1, 1).permute(0, 2, 3, 1) + 1) / 2
             mine[i]["autoencoder_psnr"] = mean(psnr, again, truth)
     every = list(gathered(mine).values())
@@ -787,7 +789,7 @@ def losses_of(model: Model, phase: Phase, planes: Optional[Tensor], b: Batch, fa
         else:
             y = y.unflatten(2, (H // model.factor, H // model.factor))
             if encoded and "latent" in wanted:
-                out["latent"] = b.share_encoded * F.mse_loss(y[encoded], model.autoencoder.squeeze(z))
+                out["latent"] = b.share_encoded * F.mse_loss(y[encoded], model.autoencoder.normalise(z))
             if "rgb" in wanted:
                 out["rgb"] = b.share * F.mse_loss(model.decode(y), b.x)
     if wanted.get("tv"):
@@ -796,6 +798,7 @@ def losses_of(model: Model, phase: Phase, planes: Optional[Tensor], b: Batch, fa
 
 
 def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file; `target` is the old one or the new one, never half of it."""
     with open(source, "rb") as file:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
 
@@ -828,6 +831,18 @@ def open_phase(setup: Setup, number: int, phase: Phase, done: dict) -> tuple[Mod
     return model, Store(file, model, mean, args.seed, setup.scenes[phase.scenes][0]) if phase.store else None
 
 
+def optimiser_of(args: Args, phase: Phase, model: Model) -> tuple[list, Optional[torch.optim.Adam]]:
+    """Freeze everything but what the phase trains; -> the parameters that move, and Adam on them (None if it is the scenes' rows alone)."""
+    model.requires_grad_(False)
+    rates = {"autoencoder.encoder": args.lr_ae, "autoencoder.decoder": args.lr_ae if phase.scenes == "old" else args.lr_finetune,
+             "mlp": args.lr_mlp, "shared": args.lr}
+    groups = []
+    for part, rate in rates.items():
+        params = [p.requires_grad_() for name, p in model.named_parameters() if name.startswith(part) and part.split(".")[-1] in phase.train]
+        groups += [{"params": params, "rate": rate}] if params else []
+    return [p for group in groups for p in group["params"]], torch.optim.Adam(groups, betas=(0.9, 0.99)) if groups else None
+
+
 def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Optional[Store], state: Optional[dict], before: dict) -> dict:
     """Train one phase to its end; -> {"seconds": of training, "steps", "scores"}. state: a checkpoint to go on from. before:
     {"steps", "seconds"} of the earlier phases.
@@ -837,14 +852,7 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
     args, scenes, run = setup.args, setup.scenes[phase.scenes], setup.run
     lines = math.ceil(len(scenes) / args.batch)                         # steps in which every scene is seen once
     steps = min(args.steps or 10 ** 9, math.ceil(phase.visits * lines / args.views))
-    moving = {"encoder": (lambda: model.autoencoder.encoder.parameters(), args.lr_ae), "mlp": (model.mlp.parameters, args.lr_mlp),
-              "shared": (lambda: [model.shared], args.lr),
-              "decoder": (lambda: model.autoencoder.decoder.parameters(), args.lr_ae if phase.scenes == "old" else args.lr_finetune)}
-    model.requires_grad_(False)
-    groups = [{"params": [p.requires_grad_() for p in of() if p is not None], "rate": rate}
-              for name, (of, rate) in moving.items() if name in phase.train]
-    shared = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99)) if shared else None
+    shared, optimiser = optimiser_of(args, phase, model)
     clock, step = Stopwatch(setup.device), 0
     if state:
         model.load_state_dict(state["model"])
@@ -1007,7 +1015,10 @@ def train(args: Args) -> dict:
         barrier()
         if store:
             store.close()
-    return conclude(setup, phases, done)
+    summary = conclude(setup, phases, done)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return summary
 
 
 def chain(phases: list[Phase], name: str) -> list[Phase]:

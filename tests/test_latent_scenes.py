@@ -164,13 +164,13 @@ def test_amortise_by_hand():
 
 # ----------------------------------------------------------------------------------------------------------- the autoencoder
 
-def test_squeeze_and_back():
+def test_normalise_and_back():
     ae = Autoencoder(4, 4, (8, 8)).double()
     ae.s.fill_(0.3)
     z = torch.linspace(-16, 16, 999, dtype=F64)                                                    # s |z| < 4.95: not clipped
-    assert close(ae.unsqueeze(ae.squeeze(z)), z, 1e-9) and close(ae.squeeze(z), torch.tanh(0.3 * z), 1e-12)
+    assert close(ae.denormalise(ae.normalise(z)), z, 1e-9) and close(ae.normalise(z), torch.tanh(0.3 * z), 1e-12)
     y = torch.tensor([-5.0, -1, -0.99995, 0.99995, 1, 5], dtype=F64, requires_grad=True)           # the renderer's sigmoid may go beyond 1
-    back = ae.unsqueeze(y)
+    back = ae.denormalise(y)
     assert close(back.detach().abs(), torch.full((6,), math.atanh(1 - 1e-4) / 0.3, dtype=F64), 1e-9)
     assert torch.autograd.grad(back.sum(), y)[0].isfinite().all()
 
@@ -503,7 +503,7 @@ def fake_render(c2w, K, seen):
 def test_a_moved_picture_s_rays_move_with_it(monkeypatch):
     """What a ray sees in the picture as it was is what the moved one shows around the middle of that latent pixel."""
     model, family = model_of("micro").float(), common.load_family("cars", ".", SIZE)
-    model.autoencoder.encoder, model.autoencoder.squeeze = nn.AvgPool2d(4), lambda z: z
+    model.autoencoder.encoder, model.autoencoder.normalise = nn.AvgPool2d(4), lambda z: z
     shift = torch.tensor([[0, 0], [2, -1], [-2, 2], [1, 0]])
     for s in (shift, 0 * shift):
         b, seen = batch_of(ls.moved(positions(4), s), s), []
