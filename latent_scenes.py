@@ -53,7 +53,7 @@ What the runs say (README): over a thousand cars 92 % less time and 64 % less me
 more than RGB planes of the same seconds up to two or three seconds a car. Phase B is worth 3.5 dB before the decoder is tuned, private and
 shared planes together 1.6 dB over either alone.
 
-    python latent_scenes.py                                  24 unseen cars: 24.6 dB, five minutes of one core
+    python latent_scenes.py                                  24 unseen cars: 24.3 dB, 273 s of one core
     python latent_scenes.py --scenes 100 --new-scenes 900 --visits-0 480 --visits-b 600 --visits-d 120         27.9 dB, 40 minutes
     torchrun --nproc-per-node=2 latent_scenes.py             the same, scenes split over two processes
     python latent_scenes.py --scene srn_cars --preset paper  for a GPU; not run
