@@ -652,7 +652,8 @@ def render_views(model: Model, row: Tensor, c2w: Tensor, K: Tensor, family: Fami
     """One scene, row (1, P), seen by cameras (n, 3, 4): y (n, C, h, w) as rendered, rgb (n, H, W, 3) in [0, 1], depth (n, h, w)."""
     planes, side, parts = model.fuse(row), family.size // model.factor, []
     xy = latent_pixels(family.size, model.factor, row.device)
-    for pose, k in zip(c2w.split(8 if model.factor > 1 else 1), K.split(8 if model.factor > 1 else 1)):        # a million samples at most
+    few = 8 if model.factor > 1 else 1                                                              # views at a time: memory
+    for pose, k in zip(c2w.split(few), K.split(few)):
         rays_o, rays_d = rays_through(xy.expand(len(pose), -1, -1), pose, k)
         parts.append(render(model, planes, rays_o.flatten(0, 1)[None], rays_d.flatten(0, 1)[None], family.near, family.far))
     y = torch.cat([p["y"][0] for p in parts]).view(len(c2w), side, side, -1).permute(0, 3, 1, 2)
