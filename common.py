@@ -1942,16 +1942,23 @@ class Run:
         """Read ckpt.pt onto the CPU. UserError if it is broken, of another method or scene, or if one of `expect`
         (name -> value, compared with the args it was saved with) differs."""
         path = self.path / "ckpt.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            args = state["args"]
-        except Exception as error:                                      # zip, pickle, EOF, key, type: all mean the same here
-            raise UserError(f"{path}: not a usable checkpoint ({type(error).__name__}): start afresh with another --out") from None
+        state = load_tensors(path, "checkpoint", "args")
+        args = state["args"]
         for key, value in {**self.identity, **(expect or {})}.items():
             saved = [d[key] for d in (state, args) if key in d and not isinstance(d[key], Tensor)]
             if plain(value) not in saved:
                 raise UserError(f"{path}: of another run: {key} was {saved[0] if saved else 'not set'}, now {plain(value)}: give the same {key}, or another --out")
         return state
+
+
+def load_tensors(path: Path, what: str, *needed: str) -> dict:
+    """Read onto the CPU what torch.save wrote. UserError, which calls it a `what`, if it is broken or lacks one of the keys `needed`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        [state[key] for key in needed]
+    except Exception as error:                                          # zip, pickle, EOF, key, type: all mean the same here
+        raise UserError(f"{path}: not a usable {what} ({type(error).__name__}): start afresh with another --out") from None
+    return state
 
 
 def random_state() -> dict:

@@ -75,7 +75,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (Family, Panel, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, draw_panels, load_family,
-                    orbit_poses, peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, ssim, strip, tensorboard, write_whole)
+                    load_tensors, orbit_poses, peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, ssim, strip,
+                    tensorboard, write_whole)
 from kernels import composite, triplane_interp
 
 
@@ -387,7 +388,7 @@ def render(model: Model, planes: Tensor, rays_o: Tensor, rays_d: Tensor, near: f
     if model.fine:
         with torch.no_grad():
             weights = blend(model, planes, rays_o, rays_d, edges, t)[3]
-        u = (torch.arange(model.fine, device=t.device) + (shift if jitter is not None else 0.5)) / model.fine
+        u = (torch.arange(model.fine, device=t.device) + shift) / model.fine
         more = resample(edges, weights, u.expand(B, n, model.fine))
         t = torch.cat([t, more], -1).sort(-1).values
         edges = torch.cat([t_in[..., None], 0.5 * (t[..., 1:] + t[..., :-1]), t_out[..., None]], -1)
@@ -496,9 +497,6 @@ class Album:
         images = np.array(np.load(self.scene(i)["file"], mmap_mode="r")[views])                     # reads these views alone
         return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def tests(self, i: int) -> list[int]:
-        return list(range(self.scene(i)["test"]))
-
 
 def measure_box(album: Album, scenes: list[int], cells: int = 48) -> Tensor:
     """The box of all points that project onto the object in every training view of one of the scenes, a tenth wider: (2, 3).
@@ -550,7 +548,7 @@ class Phase:
     kind: str = "latent"                # or rgb
     store: str = ""                     # the file of the scenes' rows
     after: Optional[str] = None         # the phase whose model and mean scene it starts from
-    keep: tuple = EVERYTHING        # of that model; the rest is drawn anew
+    keep: tuple = EVERYTHING            # of that model; the rest is drawn anew
     encode: float = 1.0                 # share of a step's pictures that go through the encoder
     row: Optional[str] = None           # its name in the table, if its scenes are scored
 
@@ -668,7 +666,7 @@ def evaluate(model: Model, store: Store, album: Album, scenes: list[int], device
     rank, world = ranks()
     family, mine = album.family, {}
     for i in scenes[rank::world]:
-        c, tests = album.scene(i), album.tests(i)
+        c, tests = album.scene(i), slice(album.scene(i)["test"])
         x = album.pictures(i, tests).to(device)
         truth = (x.permute(0, 2, 3, 1) + 1) / 2
         out = render_views(model, store.read([i])[0].to(device), c["c2w"][tests].to(device), c["K"][tests].to(device), family, decoder)
@@ -736,10 +734,10 @@ class Batch:
     share_encoded: float    # of the step's pictures that do
 
 
-def draw_batch(setup: Setup, args: Args, number: int, phase: Phase, step: int, model: Model) -> Optional[Batch]:
+def draw_batch(setup: Setup, number: int, phase: Phase, step: int, model: Model) -> Optional[Batch]:
     """The pictures of a step. All ranks draw the same numbers for all slots and take their own; None if this rank's slots rest."""
     rank, world = ranks()
-    album, scenes = setup.album, setup.scenes[phase.scenes]
+    args, album, scenes = setup.args, setup.album, setup.scenes[phase.scenes]
     slots = [(j, i) for j, i in enumerate(schedule(scenes, args.batch, step, args.seed, number)) if i is not None]
     mine = [(j, i) for j, i in slots if j % world == rank]
     g, shape, half = generator(args.seed, number, 0, step), (args.batch, args.views), model.factor // 2
@@ -747,7 +745,7 @@ def draw_batch(setup: Setup, args: Args, number: int, phase: Phase, step: int, m
     which = torch.rand(shape, generator=g)
     shift = torch.randint(-half, half + 1, (*shape, 2), generator=g) if args.shift else torch.zeros(*shape, 2, dtype=torch.long)
     jitter = torch.rand(*shape, rays, generator=g)
-    pixels = torch.randint(args.size ** 2, (*shape, rays), generator=g)
+    pixels = torch.randint(args.size ** 2, (*shape, rays), generator=g) if model.rgb else None
     if not mine:
         return None
     x, c2w, K, js = [], [], [], [j for j, _ in mine]
@@ -806,11 +804,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 def load_phase(file: Path, rows: Optional[Path]) -> dict:
     """What a finished phase left; UserError if it or its file of rows cannot be used."""
-    try:
-        done = torch.load(file, map_location="cpu", weights_only=True)
-        done["model"], done["seconds"], done["steps"]
-    except Exception as error:                                          # zip, pickle, EOF, key, type: all mean the same here
-        raise UserError(f"{file}: not a usable phase ({type(error).__name__}): start afresh with another --out") from None
+    done = load_tensors(file, "phase", "model", "seconds", "steps")
     if rows and not rows.is_file():
         raise UserError(f"{rows}: not found: {file.name} needs it: start afresh with another --out")
     return done
@@ -865,13 +859,14 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
     if not state:
         keep()                                                          # before the first row is written
     progress, scores = Progress(steps, step) if run else None, {}
+    tag = "" if phase.store == main_phase(plan(args)).store else f"{phase.name}/"                    # psnr is the run's own row's
     while step < steps:
         clock.start()
         decay = args.decay ** (step / steps)
         for group in optimiser.param_groups if optimiser else ():
             group["lr"] = group["rate"] * decay
         # 1. the step's scenes and views
-        batch = draw_batch(setup, args, number, phase, step, model)
+        batch = draw_batch(setup, number, phase, step, model)
         total = torch.zeros((), device=setup.device)
         for p in shared:
             p.grad = torch.zeros_like(p)
@@ -901,7 +896,6 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
         if run:
             progress(step, **{phase.name: total})
             if due or step % 100 == 0 or step == steps:
-                tag = "" if phase.store == main_phase(plan(args)).store else f"{phase.name}/"            # psnr is the run's own row's
                 run.log(step=before["steps"] + step, phase=phase.name, visits=step * args.views / lines, loss=float(total),
                         train_seconds=before["seconds"] + seconds, seconds_per_scene=seconds / len(scenes),
                         **{f"{tag}{name}": value for name, value in scores.items()})

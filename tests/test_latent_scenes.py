@@ -1056,7 +1056,7 @@ def test_batches_are_of_training_views_and_use_them_all(tmp_path):
     setup, model = setup_of(tmp_path, given, [0, 1], [2]), Model(given, "both", False, BOX, torch.ones(3))
     used = {0: set(), 1: set()}
     for step in range(100):
-        b = ls.draw_batch(setup, given, 2, phase_of(given, "A"), step, model)
+        b = ls.draw_batch(setup, 2, phase_of(given, "A"), step, model)
         assert sorted(b.scenes) == [0, 1] and b.x.shape == (4, 3, SIZE, SIZE) and b.pixels is None and not b.shift.any()
         for k, i in enumerate(i for i in b.scenes for _ in range(2)):
             c = setup.album.scene(i)
@@ -1070,7 +1070,7 @@ def test_batches_are_of_training_views_and_use_them_all(tmp_path):
 def test_pictures_move_by_up_to_half_a_latent_pixel(tmp_path):
     given = args(batch=2)
     setup, model = setup_of(tmp_path, given, [0, 1], [2]), Model(given, "both", False, BOX, torch.ones(3))
-    shifts = torch.cat([ls.draw_batch(setup, given, 2, phase_of(given, "A"), step, model).shift for step in range(60)])
+    shifts = torch.cat([ls.draw_batch(setup, 2, phase_of(given, "A"), step, model).shift for step in range(60)])
     assert {tuple(s) for s in shifts.tolist()} == set(itertools.product(range(-2, 3), repeat=2))
     assert shifts.float().mean(0).abs().max() < 0.5
 
@@ -1081,11 +1081,11 @@ def test_encode_is_the_share_of_slots_that_are_encoded(tmp_path, batch, encode, 
     setup, model = setup_of(tmp_path, given, list(range(batch)), [9]), Model(given, "both", False, BOX, torch.ones(3))
     came = []
     for step in range(4):
-        b = ls.draw_batch(setup, given, 2, phase_of(given, "B"), step, model)
+        b = ls.draw_batch(setup, 2, phase_of(given, "B"), step, model)
         assert len(b.encoded) == 2 * expected and b.share_encoded == 1 and b.encoded[1::2] == [k + 1 for k in b.encoded[::2]]
         came += [b.scenes[k // 2] for k in b.encoded]
     assert {came.count(i) for i in range(batch)} == {2 * expected * 4 // batch}                    # in turns
-    whole = ls.draw_batch(setup, given, 1, phase_of(given, "A"), 0, model)
+    whole = ls.draw_batch(setup, 1, phase_of(given, "A"), 0, model)
     assert whole.encoded == list(range(2 * batch))                                                 # other phases encode all
 
 
@@ -1101,7 +1101,7 @@ def test_parts_of_a_step_add_up_to_the_whole(tmp_path, monkeypatch, world):
 
         def losses(rank, of, step):
             monkeypatch.setattr(ls, "ranks", lambda: (rank, of))
-            b = ls.draw_batch(setup, given, number, phase, step, model)
+            b = ls.draw_batch(setup, number, phase, step, model)
             if b is None:
                 return None, {}, {}
             rows = torch.stack([own[i] for i in b.scenes]).requires_grad_()
@@ -1143,9 +1143,9 @@ def test_batches_do_not_depend_on_the_number_of_ranks(tmp_path, monkeypatch):
         monkeypatch.setattr(ls, "ranks", lambda: (0, world))
         asked, draw_batch = [], ls.draw_batch
 
-        def spy(setup, given, number, phase, step, model):
-            asked.append(schedule(setup.scenes[phase.scenes], given.batch, step, given.seed, number))
-            return draw_batch(setup, given, number, phase, step, model)
+        def spy(setup, number, phase, step, model):
+            asked.append(schedule(setup.scenes[phase.scenes], setup.args.batch, step, setup.args.seed, number))
+            return draw_batch(setup, number, phase, step, model)
         model = Model(given, "both", False, BOX, torch.ones(3))
         store = Store(tmp_path / f"rows-{world}", model, None, 0)
         with monkeypatch.context() as patch:
