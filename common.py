@@ -1917,15 +1917,15 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(plain(metrics), allow_nan=False) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Forget the lines of metrics.jsonl after `step`: a resumed run will write them again. Half a line at the end goes too."""
+    def rewind(self, step: int, by: str = "step") -> None:
+        """Forget the lines of metrics.jsonl whose `by` is after `step`: a resumed run will write them again. Half a line at the end goes too."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
         kept = []
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                if json.loads(line).get("step", 0) <= step:
+                if json.loads(line).get(by, 0) <= step:
                     kept.append(line + "\n")
         write_whole(path, lambda file: file.write("".join(kept).encode()))
 

@@ -14,42 +14,47 @@ depends on the field: in a grid most weights belong to a place, in an MLP all we
 | soft targets                               | --soft-targets: the model's own colours are stored                            |
 | exploration ratio; image-centre ratio a    | --exploration; --centre                                                       |
 | generative replay, self-distillation       | --learner own-replay, Past.teacher                                            |
-| EWC: lambda, F_i, theta*_i                 | --ewc-weight, fisher, Past.anchors                                            |
+| EWC: lambda, F_i, theta*_i                 | --ewc-weight, Past.fisher, Past.anchors (the newest, F summed: online EWC)    |
 | A-GEM: g, g_ref                            | project                                                                       |
-| R_ij: accuracy on task j after task i      | psnr_heldout[i][j], psnr_seen[i][j] of a row                                  |
+| P[x][j], PSNR on task j after task x       | psnr_heldout, psnr_seen: its held-out and its training views, met yet or not  |
 
-l is the mean squared error of the fine field, plus the coarse one's where there are two; f the field, y pictures, s the old model:
+l is the mean squared error of the fine field, plus the coarse one's where there are two; f the field, y pictures, s the old model. A step's
+loss is l(f, y) on rays of the present, and
 
-    naive        l(f, y) on rays of the present                               step_gradients, 1
-    distill      + l(f, s) on the same rays                                   2: minimal at (y + s) / 2
-    replay       + l(f, y) on stored rays                                     2
-    own-replay   + l(f, s) on rays of old cameras                             2
-    mixed        half the old rays stored ones, half own renders              2
-    ewc          + lambda / 2 sum_i F_i (theta_i - theta*_i)^2                penalty
-    agem         g - (g . r / r . r) r where g . r < 0                        project
-    joint        all rays from the start: the upper bound                     train
-    forgetting   mean_j<T  max_x P[x][j] - P[T][j];  backward transfer  mean_j<T  P[T][j] - P[j][j]
+    naive        nothing else                                                 step_gradients, part 1
+    distill      l(f, s) on the same rays: minimal where f = (y + s) / 2      part 2
+    ewc          lambda / 2 sum_i F_i (theta_i - theta*_i)^2                  part 2; fisher, penalty
+    replay       l(f, y) on stored rays                                       part 3
+    own-replay   l(f, s) on rays of old cameras                               part 3
+    mixed        half and half of these two                                   part 3
+    agem         g - (g . r / r . r) r where g . r < 0, r of stored rays      part 3; project
+    joint        rays of all tasks from the start: the reference              train
+    forgetting = mean_j<T  max_x>=j P[x][j] - P[T][j];  backward transfer = mean_j<T  P[T][j] - P[j][j]
 
 Where the released code differs from this file:
-(1) Only the first task's held-out views are reported there; distillation's cap on the second task (at most 6.02 dB above what the old model
-    had there) stays unseen. Here both sides, seen and held-out, for every learner.
+(1) Only the first task's held-out views are reported there; that distillation caps the second task (at most 6.02 dB above what the old
+    model had there) stays unseen. Here all tasks, seen and held-out views, for every learner.
 (2) Its buffer holds rays twice (random fill draws with replacement), or leaves out the last 5 % (uniform: stride 8 for 8.4). Here B
     different rays, evenly spaced over all.
 (3) Initial losses are of the fine field, updated ones of both: rays once drawn keep being drawn. Here one unit.
 (4) Weighted draws crash where the fill stored no losses; here whatever needs losses gets them, and a draw by loss where nothing is stored
     is refused. An update rebuilds a list of B tensors; here all steps of the memory are one pass over an array.
 (5) Its second task goes on with Adam's moments and an eighth of the rate (--resume-optimizer --schedule steps); here it starts afresh,
-    which forgets more.
+    which forgets more. It trains each task for 128 epochs (21.5 k and 29.7 k steps); here --steps for each.
 (6) Losses and soft targets lie in the dataset's folder, reused by whatever runs next; random states are not saved. Here all is in ckpt.pt.
-(7) Its online branch does not run as committed (fills crash, the lowest-loss one stores zeros, a ray is stored again and again). Here
-    are the policies that its README describes, all with the same bound; a chunk is taken in when it ends.
-Ours, not theirs: own-replay, mixed, ewc, joint; --split hard; the hash grid; tasks by azimuth; --freeze.
+(7) Its online branch does not run as committed (fills crash, the lowest-loss one stores zeros, a ray is stored again and again). Here a
+    chunk is taken in when it ends, each ray once; tiles: of all its frames, not of 50.
+(8) Its rays end in an interval of 1e10. Here every interval is finite.
+Ours, not theirs: own-replay, mixed, ewc, joint, reservoir; --split hard; the hash grid, and the occupancy grid that small fields are
+marched through; a positive bias at the MLP's density; tasks by azimuth; --freeze.
 
-What the runs say (README): ...
+What is kept has a price: at 64 px an old hash model takes ten times the bytes of all the pictures that it stands in for (memory_bytes). Own
+replay is for larger pictures, and for pictures that must not be kept.
 
-    python continual.py --scene lego                                    two tasks: forgetting and its repair
-    python continual.py --scene lego --online reservoir                 a stream of ten chunks
-    python continual.py --scene lego --field mlp --preset paper         the released experiment; for a GPU; not run
+RESULTS
+    python continual.py                                             two tasks: forgetting and its repair
+    python continual.py --online highest                            a stream of ten chunks
+    python continual.py --preset paper                              the released experiment; for a GPU; not run
 """
 from __future__ import annotations
 
@@ -68,11 +73,9 @@ from common import (K_of, OccupancyGrid, Progress, Run, Scene, Stopwatch, UserEr
                     set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable)
 from kernels import composite, hash_encode, hash_levels, march
 
-# what is stored where: learner -> how its memory is filled (replay, mixed: --buffer-fill)
-STORES = {"replay": "", "mixed": "", "reservoir": "random", "agem": "random", "highest": "topk", "stride": "uniform", "tiles": "tiles",
-          "unbounded": "all"}
 LEARNERS = ("naive", "distill", "ewc", "replay", "own-replay", "mixed", "joint")
-POLICIES = ("none", "reservoir", "highest", "stride", "tiles", "agem", "mixed", "unbounded")
+POLICIES = ("none", "agem", "stride", "reservoir", "mixed", "tiles", "highest", "unbounded")                # of a stream
+STORING = ("replay", "mixed", "agem", "stride", "reservoir", "tiles", "highest", "unbounded")              # those that store rays
 
 
 @dataclass
@@ -104,13 +107,15 @@ class Args:
     """released: camera x > 0, then x < 0. hard: within 75 degrees of +x, then of -x, below 60 degrees of elevation."""
     tasks: int = 2
     """Tasks: that many sectors of azimuth, the first one around +x (hard: the middle 5/6 of each sector)."""
-    learner: Literal["naive", "distill", "ewc", "replay", "own-replay", "mixed", "joint"] = "mixed"
-    """What keeps the old tasks: nothing; the old model's colours on new rays; a penalty on weights; stored rays; the old model's renders of
-    old views; half and half of the last two; or everything at once (upper bound)."""
-    online: Optional[Literal["none", "reservoir", "highest", "stride", "tiles", "agem", "mixed", "unbounded"]] = None
-    """A stream instead of tasks: frames come in chunks, by a walk to the nearest camera. What is stored of the past: nothing, a uniform
-    sample, the rays of highest loss, every n-th ray, 4x4 tiles by their loss; agem: a sample that only projects gradients; or all."""
-    compare: Optional[tuple[str, ...]] = None
+    learner: Literal[LEARNERS] = "mixed"
+    """What keeps the old tasks. naive: nothing. distill: the old model's colours on new rays. ewc: a penalty on moving weights. replay:
+    stored rays. own-replay: the old model's renders of old views. mixed: half and half of these two. joint: all tasks at once, the
+    reference."""
+    online: Optional[Literal[POLICIES]] = None
+    """A stream instead of tasks: frames come in chunks, by a walk to the nearest camera. Which of the rays gone by are stored: none,
+    reservoir: a uniform sample, stride: evenly spaced ones, tiles: more where 4x4 tiles have more loss, highest: those of highest loss,
+    unbounded: all. agem: a sample that only bends gradients. mixed: a sample, and the last chunk's model."""
+    compare: Optional[tuple[Literal[LEARNERS + POLICIES], ...]] = None
     """More learners (or policies) in the same run, from the same first task (default: naive joint; online: none unbounded)."""
     steps: int = 800
     """Optimiser steps a task."""
@@ -120,7 +125,7 @@ class Args:
     """What is behind the scene."""
 
     replay_rays: int = 1024
-    """Rays of the past a step (replay, own-replay, agem)."""
+    """Rays of the past a step, for those who look back."""
     replay_weight: float = 1.0
     """Their mean loss counts this much beside the present task's."""
     buffer_size: Optional[int] = None
@@ -136,7 +141,7 @@ class Args:
     centre: float = 0.0
     """--buffer-draw weighted: share a of the image-centre term, p = (1 - a) p_loss + a p_centre (released: 0.3)."""
     soft_targets: bool = False
-    """Store the model's own colours of rays, not the pictures'."""
+    """Store the model's own colours of rays, not the pictures' (the losses that they are stored with are still those against pictures)."""
     distill_weight: float = 1.0
     """--learner distill: weight of the old model's colours (1: released)."""
     ewc_weight: float = 1.0
@@ -167,7 +172,7 @@ class Args:
     width: int = 64
     """Units of an MLP layer (--field mlp)."""
     depth: int = 4
-    """Layers of the MLP; where more than 5, x enters again after the fifth."""
+    """Layers of the MLP; where more than 4, x enters again before the fifth."""
     frequencies: int = 6
     """Frequencies of x in the MLP's positional encoding (of d: 4)."""
     samples: int = 128
@@ -230,13 +235,15 @@ def smooth_order(position: Tensor) -> list[int]:
 
 
 def make_tasks(scene: Scene, args: Args) -> list[Task]:
-    """Indices count the training views, then the test views (online: training views only, every fifth of a chunk held out)."""
+    """An index points into join_views(train, test). Online: the training views only, every fifth of a chunk held out."""
     V = len(scene.train.names)
     if args.online:
         order = smooth_order(scene.train.c2w[:, :, 3])
         chunks = [order[i:i + args.chunk] for i in range(0, V, args.chunk)]
-        if len(chunks) < 2 or len(chunks[-1]) < 3:
-            raise UserError(f"--chunk {args.chunk}: {scene.name} has {V} views: there must be 2 chunks, and 3 frames in the last one")
+        if len(chunks[-1]) < 3:                                                                     # too few to hold one out
+            chunks[-2:] = [sum(chunks[-2:], [])]
+        if len(chunks) < 2 or args.chunk < 3:
+            raise UserError(f"--chunk {args.chunk}: {scene.name} has {V} views: give at least 3, and so few that there are 2 chunks")
         return [Task(f"chunk {k + 1}", [v for i, v in enumerate(c) if i % 5 != 2], c[2::5]) for k, c in enumerate(chunks)]
     where = [sector(torch.cat([scene.train.c2w, scene.test.c2w]), k, args.tasks, args.split == "hard").nonzero()[:, 0].tolist()
              for k in range(args.tasks)]
@@ -246,6 +253,28 @@ def make_tasks(scene: Scene, args: Args) -> list[Task]:
             raise UserError(f"--split {args.split} --tasks {args.tasks}: {task.name} of {scene.name} has {len(task.seen)} training and "
                             f"{len(task.held_out)} test views: use fewer tasks, or --split released")
     return tasks
+
+
+@dataclass
+class Lesson:
+    """A learner at a task, for so many steps; those of one learner follow each other."""
+    learner: str                # "first" is the first task, which all but `joint` have in common
+    x: int                      # index of the task
+    steps: int
+    start: str                  # with which model: "newborn", "first" (as that lesson left it), "" (as the last lesson left it)
+
+
+def plan(args: Args, tasks: int) -> list[Lesson]:
+    """All lessons in order. The main learner comes last, so that the last model is its; joint has the steps of all tasks."""
+    main = args.online or args.learner
+    names = [name for name in dict.fromkeys(args.compare) if name != main] + [main]
+    if args.online:
+        return [Lesson(name, x, args.chunk_steps, "" if x else "newborn") for name in names for x in range(tasks)]
+    lessons = [] if names == ["joint"] else [Lesson("first", 0, args.steps, "newborn")]
+    for name in names:
+        lessons += [Lesson("joint", tasks - 1, tasks * args.steps, "newborn")] if name == "joint" else \
+            [Lesson(name, x, args.steps, "first" if x == 1 else "") for x in range(1, tasks)]
+    return lessons
 
 
 # ------------------------------------------------------------------------------- what to keep, what to replay: the memory
@@ -272,34 +301,39 @@ def tile_losses(loss: Tensor, id: Tensor, H: int, W: int) -> Tensor:
     return mean[tile] / mean.view(-1, 16).sum(1)[view].clamp(min=1e-12)
 
 
+def size_of(tensors) -> int:
+    """Bytes."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
 class Memory:
     """At most `size` rays of the past: id (B,) int32, rgb (B, 3) uint8, loss (B,) float32, the newest squared error that is known (mean
-    over channels), and how many rays have gone by. 11 bytes a ray, and 48 for the camera of each picture that it has rays of."""
-    def __init__(self, size: int, fill: str, H: int, W: int, device="cpu"):
+    over channels; None where nobody asks for it), and how many rays have gone by. 7 or 11 bytes a ray, and 48 a camera."""
+    def __init__(self, size: int, fill: str, H: int, W: int, device="cpu", losses: bool = True):
         self.size, self.fill, self.H, self.W, self.gone_by = size, fill, H, W, 0
         self.id, self.rgb = torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(0, 3, dtype=torch.uint8, device=device)
-        self.loss = torch.zeros(0, device=device)
+        self.loss = torch.zeros(0, device=device) if losses else None
 
     def __len__(self):
         return len(self.id)
 
     def bytes(self) -> int:
         views = len((self.id // (self.H * self.W)).unique())
-        return sum(x.numel() * x.element_size() for x in (self.id, self.rgb, self.loss)) + 48 * views
+        return size_of([self.id, self.rgb] + ([] if self.loss is None else [self.loss])) + 48 * views
 
     def state_dict(self) -> dict:
         return {"id": self.id, "rgb": self.rgb, "loss": self.loss, "gone_by": self.gone_by}
 
     def load_state_dict(self, state: dict) -> None:
         self.gone_by = state["gone_by"]
-        self.id, self.rgb, self.loss = (state[name].to(self.id.device) for name in ("id", "rgb", "loss"))
+        self.id, self.rgb, self.loss = (x if x is None else x.to(self.id.device) for x in (state["id"], state["rgb"], state["loss"]))
 
     def absorb(self, id: Tensor, rgb: Tensor, loss: Tensor) -> None:
-        """Take in the rays of a task that is over: id (n,), rgb (n, 3) in [0, 1], loss (n,).
+        """Take in the rays of a task that is over: id (n,), rgb (n, 3) in [0, 1], loss (n,). No ray is ever stored twice.
 
-        topk: of old and new together, those of highest loss. all: everything. Otherwise every ray that ever came has the same right: the
-        new ones get n / gone_by of the places, the old ones are thinned to the rest; among the new: random, without replacement; uniform,
-        evenly spaced; tiles, by tile_losses. No ray is ever stored twice.
+        all: everything. topk: of old and new together, those of highest loss (the new ones have just been trained on, so theirs is low).
+        Otherwise the new ones get size n / gone_by of the places, and the old ones are thinned to the others: random, any, without
+        replacement; uniform, evenly spaced; tiles, the new ones by tile_losses, the old ones any.
         """
         n, device = len(id), id.device
         self.gone_by += n
@@ -315,7 +349,8 @@ class Memory:
             new = choose(tile_losses(loss, id, self.H, self.W), share).sort().values if self.fill == "tiles" else thin(n, share)
         self.id = torch.cat([self.id[old], id[new].int()])
         self.rgb = torch.cat([self.rgb[old], (rgb[new] * 255 + 0.5).byte()])
-        self.loss = torch.cat([self.loss[old], loss[new]])
+        if self.loss is not None:
+            self.loss = torch.cat([self.loss[old], loss[new]])
         if self.fill == "topk" and len(self) > self.size:
             kept = self.loss.topk(self.size).indices.sort().values
             self.id, self.rgb, self.loss = self.id[kept], self.rgb[kept], self.loss[kept]
@@ -343,7 +378,8 @@ class Memory:
 # ---------------------------------------------------------------------------------- what else keeps the past: two gradients
 
 def project(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """A-GEM: g of the new batch, r of the replayed one -> g where g . r >= 0, else g - (g . r / r . r) r: no harm to first order."""
+    """A-GEM: g of the new batch, r of the replayed one -> g where g . r >= 0, else g - (g . r / r . r) r: to first
+    order the old loss does not rise (of plain gradient descent; Adam's moments and scales come after this)."""
     dot = sum((g * r).sum() for g, r in zip(new, old))
     if dot >= 0:
         return new
@@ -409,22 +445,24 @@ class HashField(nn.Module):
         self.geometry = nn.Sequential(nn.Linear(args.levels * args.features, 64), nn.ReLU(), nn.Linear(64, 16))
         self.colour = nn.Sequential(nn.Linear(15 + 16, 64), nn.ReLU(), nn.Linear(64, 3))
 
+    directions = staticmethod(spherical_harmonics)                                                  # (R, 3) unit -> (R, 16)
+
     def forward(self, x: Tensor, d: Optional[Tensor]):
-        """x (N, 3) in the world, d (N, 3) unit or None -> sigmas (N,) [1/length], rgbs (N, 3) or None."""
+        """x (N, 3) in the world, d (N, 16) what `directions` makes of it, or None -> sigmas (N,) [1/length], rgbs (N, 3) or None."""
         u = (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0])                                      # (N, 3) in [0, 1]
         h = self.geometry(hash_encode(u, self.table, self.levels))                                  # (N, 16)
-        rgbs = None if d is None else torch.sigmoid(self.colour(torch.cat([h[:, 1:], spherical_harmonics(d)], -1)))
+        rgbs = None if d is None else torch.sigmoid(self.colour(torch.cat([h[:, 1:], d], -1)))
         return _TruncatedExp.apply(h[:, 0] - 1), rgbs
 
 
 class MLPField(nn.Module):
-    """NeRF's MLP: frequencies of x -> --depth layers, x again after the fifth -> density; with 4 frequencies of d -> colour. Every weight
+    """NeRF's MLP: frequencies of x -> --depth layers, x again before the fifth -> density; with 4 frequencies of d -> colour. Every weight
     takes part in every place."""
     def __init__(self, args: Args, aabb: Tensor):
         super().__init__()
         W, self.n = args.width, args.frequencies
         into = 3 + 6 * self.n
-        self.layers = nn.ModuleList([nn.Linear(into if i == 0 else W + into if i == 5 else W, W) for i in range(args.depth)])
+        self.layers = nn.ModuleList([nn.Linear(into if i == 0 else W + into if i == 4 else W, W) for i in range(args.depth)])
         self.density, self.feature = nn.Linear(W, 1), nn.Linear(W, W)
         nn.init.constant_(self.density.bias, 0.1)                                                   # fog: a ReLU of less is dead
         self.colour = nn.Sequential(nn.Linear(W + 27, W // 2), nn.ReLU(), nn.Linear(W // 2, 3))
@@ -435,11 +473,14 @@ class MLPField(nn.Module):
         angles = (v[:, None] * 2.0 ** torch.arange(n, device=v.device)[:, None]).flatten(1)
         return torch.cat([v, angles.sin(), angles.cos()], -1)
 
+    def directions(self, d: Tensor) -> Tensor:
+        return self.encode(d, 4)                                                                    # (R, 27)
+
     def forward(self, x: Tensor, d: Optional[Tensor]):
         x = h = self.encode(x, self.n)
         for i, layer in enumerate(self.layers):
-            h = F.relu(layer(torch.cat([x, h], -1) if i == 5 else h))
-        rgbs = None if d is None else torch.sigmoid(self.colour(torch.cat([self.feature(h), self.encode(d, 4)], -1)))
+            h = F.relu(layer(torch.cat([x, h], -1) if i == 4 else h))
+        rgbs = None if d is None else torch.sigmoid(self.colour(torch.cat([self.feature(h), d], -1)))
         return F.relu(self.density(h)[:, 0]), rgbs
 
 
@@ -455,7 +496,7 @@ class Model(nn.Module):
         self.march_step = float((scene.aabb[1] - scene.aabb[0]).norm()) / args.samples              # in world units
 
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.state_dict().values())
+        return size_of(self.parameters()) + (0 if self.grid is None else size_of([self.grid.occupied]))
 
 
 # ------------------------------------------------------------------------------------------------------------------ render
@@ -463,7 +504,7 @@ class Model(nn.Module):
 def blend(field, rays_o: Tensor, rays_d: Tensor, ray: Tensor, t_starts: Tensor, t_ends: Tensor, offsets: Tensor, bg: Tensor) -> dict:
     """Packed intervals (N,) of rays (R, 3), ray (N,) their ray, sampled in their middles -> rgb (R, 3), acc, depth (R,), weights (N,)."""
     x = rays_o[ray] + (0.5 * (t_starts + t_ends))[:, None] * rays_d[ray]                            # (N, 3)
-    rgb, acc, depth, weights = composite(*field(x, rays_d[ray]), t_starts, t_ends, offsets)
+    rgb, acc, depth, weights = composite(*field(x, field.directions(rays_d)[ray]), t_starts, t_ends, offsets)
     return {"rgb": rgb + (1 - acc[:, None]) * bg, "acc": acc, "depth": depth, "weights": weights}
 
 
@@ -550,17 +591,19 @@ def evaluate(model: Model, views, tasks: list[Task], scene: Scene, args: Args, m
 # ------------------------------------------------------------------------------------------------------------------- train
 
 class Past:
-    """All that a learner keeps of the tasks before: stored rays, the old model, old weights and how much they matter."""
+    """All that a learner keeps of the tasks before: stored rays, the old model, old weights and how much they matter, old cameras."""
     def __init__(self, learner: str, args: Args, H: int, W: int):
-        fill = args.buffer_fill if STORES.get(learner) == "" else STORES.get(learner)
-        self.draw = "weighted" if learner == "unbounded" else args.buffer_draw
-        self.memory = None if fill is None else Memory(args.buffer_size, fill, H, W, args.device)
-        self.needs_loss = fill in ("topk", "tiles") or fill is not None and self.draw != "random"
-        self.learner, self.teacher, self.anchors, self.h, self.views = learner, None, None, None, []
+        fill = {"stride": "uniform", "reservoir": "random", "agem": "random", "tiles": "tiles", "highest": "topk", "unbounded": "all",
+                "replay": args.buffer_fill, "mixed": args.buffer_fill}.get(learner)
+        self.how = "weighted" if learner == "unbounded" else args.buffer_draw
+        self.by_loss = fill in ("topk", "tiles") or self.how != "random"
+        self.memory = None if fill is None else Memory(args.buffer_size, fill, H, W, args.device, losses=self.by_loss)
+        self.learner, self.teacher, self.anchors, self.fisher, self.views = learner, None, None, None, []
 
     def state_dict(self) -> dict:
         state = lambda part: None if part is None else part.state_dict()
-        return {"memory": state(self.memory), "teacher": state(self.teacher), "anchors": self.anchors, "h": self.h, "views": self.views}
+        return {"memory": state(self.memory), "teacher": state(self.teacher), "anchors": self.anchors, "fisher": self.fisher,
+                "views": self.views}
 
     def load_state_dict(self, state: dict, model: Model) -> None:
         if state["memory"]:
@@ -569,25 +612,24 @@ class Past:
             self.teacher = copy.deepcopy(model)
             self.teacher.load_state_dict(state["teacher"])
         move = lambda tensors: tensors and [x.to(next(model.parameters()).device) for x in tensors]
-        self.anchors, self.h, self.views = move(state["anchors"]), move(state["h"]), state["views"]
+        self.anchors, self.fisher, self.views = move(state["anchors"]), move(state["fisher"]), state["views"]
 
     def bytes(self, H: int, W: int) -> int:
-        """What it costs to keep; `joint` keeps whole pictures, 3 bytes a pixel."""
-        if self.learner == "joint":
-            return (3 * H * W + 48) * len(self.views)
-        return ((self.memory.bytes() if self.memory else 0) + (self.teacher.bytes() if self.teacher else 0)
-                + (48 * len(self.views) if self.teacher and self.learner != "distill" else 0)
-                + sum(x.numel() * x.element_size() for x in (self.anchors or []) + (self.h or [])))
+        """What it costs to keep: rays, old model, weights; 48 for each old camera that is used; `joint` keeps pictures, 3 bytes a pixel."""
+        total = size_of((self.anchors or []) + (self.fisher or [])) + (self.teacher.bytes() if self.teacher else 0)
+        if self.learner in ("own-replay", "joint"):
+            total += 48 * len(self.views)
+        return total + (self.memory.bytes() if self.memory else 0) + (3 * H * W * len(self.views) if self.learner == "joint" else 0)
 
     def remember(self, model: Model, views, old: Task, scene: Scene, args: Args) -> None:
-        """A task is over, the next one begins: keep what this learner keeps of it."""
+        """A task is over: keep what this learner keeps of it. Called, and timed, when the next one begins."""
         H, W = views.images.shape[1:3]
         device = views.c2w.device
         self.views = self.views + old.seen
         id = (torch.tensor(old.seen, device=device)[:, None] * (H * W) + torch.arange(H * W, device=device)).flatten()    # all its rays
         if self.memory is not None:
             rgb, loss = views.images.view(-1, 3)[id], torch.zeros(len(id), device=device)
-            if self.needs_loss or args.soft_targets:
+            if self.by_loss or args.soft_targets:
                 own = torch.cat([render_view(model, views, v, scene, args)["rgb"].view(-1, 3) for v in old.seen])
                 loss = ((own - rgb) ** 2).mean(-1)
                 rgb = own if args.soft_targets else rgb
@@ -597,11 +639,17 @@ class Past:
         if self.learner == "ewc":
             def colours():
                 out = render(model, *rays_of(views, id[torch.randint(len(id), (args.rays,), device=device)]), scene, args)
-                return out["rgb"] if out["coarse"] is None else torch.cat([out["rgb"], out["coarse"]])
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            h = fisher(colours, parameters, math.ceil(args.ewc_rays / args.rays))
+                both = out["rgb"] if out["coarse"] is None else torch.cat([out["rgb"], out["coarse"]], 1)
+                return both * (both.shape[1] / 3) ** 0.5                                            # l adds their means, fisher takes one
+            parameters = moving(model)
+            new = fisher(colours, parameters, math.ceil(args.ewc_rays / args.rays))
             self.anchors = [p.detach().clone() for p in parameters]
-            self.h = h if self.h is None else [a + b for a, b in zip(self.h, h)]
+            self.fisher = new if self.fisher is None else [a + b for a, b in zip(self.fisher, new)]
+
+
+def moving(model: Model) -> list[Tensor]:
+    """The parameters that --freeze has not put to rest."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def step_gradients(model: Model, past: Past, views, present: list[int], n: int, scene: Scene, args: Args) -> tuple[Tensor, Tensor]:
@@ -615,34 +663,33 @@ def step_gradients(model: Model, past: Past, views, present: list[int], n: int, 
     rays = rays_of(views, id)
     out = render(model, *rays, scene, args, perturb=True)
     loss, _ = squared_error(out, pixels[id])
-    # 2. and of the past
+    # 2. the past without rays of its own
     if past.learner == "distill" and past.teacher:                                                  # the same rays, another target
         with torch.no_grad():
             target = render(past.teacher, *rays, scene, args)["rgb"]
         loss = loss + args.distill_weight * squared_error(out, target)[0]
-    stored = args.replay_rays // (2 if past.learner == "mixed" else 1) if past.memory else 0
-    if past.learner in ("own-replay", "mixed") and past.teacher:                                    # old cameras, the old model's colours
-        own = args.replay_rays - stored
-        rays = rays_of(views, anywhere(past.views, own))
+    if past.learner == "ewc" and past.fisher:
+        loss = loss + args.ewc_weight * penalty(moving(model), past.anchors, past.fisher)
+    # 3. rays of the past, one batch: stored ones with their colours, then old cameras with the old model's
+    ids, targets, want = [], [], args.replay_rays
+    if past.memory is not None and len(past.memory):
+        i = past.memory.draw(want // 2 if past.learner == "mixed" else want, past.how, args.exploration, args.centre)
+        ids, targets = [past.memory.id[i]], [past.memory.rgb[i] / 255]
+    if past.learner in ("own-replay", "mixed") and past.teacher:
+        ids.append(anywhere(past.views, want - (len(i) if ids else 0)))
         with torch.no_grad():
-            target = render(past.teacher, *rays, scene, args)["rgb"]
-        own_loss, _ = squared_error(render(model, *rays, scene, args, perturb=True), target)
-        loss = loss + args.replay_weight * own / args.replay_rays * own_loss
-    if past.learner == "ewc" and past.h:
-        loss = loss + args.ewc_weight * penalty([p for p in model.parameters() if p.requires_grad], past.anchors, past.h)
-    if past.memory:
-        i = past.memory.draw(stored, past.draw, args.exploration, args.centre)
-        again = render(model, *rays_of(views, past.memory.id[i]), scene, args, perturb=True)
-        old_loss, e = squared_error(again, past.memory.rgb[i] / 255)
-        if args.dynamic:
-            past.memory.loss[i] = e
+            targets.append(render(past.teacher, *rays_of(views, ids[-1]), scene, args)["rgb"])
+    if ids:
+        old_loss, e = squared_error(render(model, *rays_of(views, torch.cat(ids)), scene, args, perturb=True), torch.cat(targets))
+        if past.memory is not None and past.memory.loss is not None and args.dynamic:
+            past.memory.loss[i] = e[:len(i)]
         if past.learner == "agem":                                                                  # bends the gradient, is not learnt
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            parameters = moving(model)
             gradients = project(torch.autograd.grad(loss, parameters), torch.autograd.grad(old_loss, parameters))
             for p, g in zip(parameters, gradients):
                 p.grad = g
             return loss.detach(), out["acc"]
-        loss = loss + args.replay_weight * stored / args.replay_rays * old_loss
+        loss = loss + args.replay_weight * old_loss
     loss.backward()
     return loss.detach(), out["acc"]
 
@@ -653,7 +700,7 @@ FREE = {"lr", "data", "device", "out", "resume", "eval_only", "video", "tensorbo
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
-    check_flags(args, positive=("steps", "rays", "replay_rays", "ewc_rays", "chunk", "chunk_steps", "levels", "features", "base",
+    check_flags(args, positive=("steps", "rays", "replay_rays", "ewc_rays", "chunk", "chunk_steps", "levels", "features", "base", "samples",
                                 "finest", "width", "depth", "frequencies", "grid", "lr", "lr_warmup", "eval_every"),
                 not_negative=("replay_weight", "distill_weight", "ewc_weight", "importance", "eval_views"),
                 shares=("exploration", "centre"))
@@ -665,11 +712,13 @@ def check(args: Args) -> None:
         raise UserError(f"--freeze {args.freeze}: an MLP has no table: use it with --field hash")
     if args.tasks < 2:
         raise UserError(f"--tasks {args.tasks}: to forget, one needs 2")
+    if args.importance and args.field == "hash":
+        raise UserError("--importance samples from near to far, beyond the hash grid's box: use it with --field mlp")
     known = POLICIES if args.online else LEARNERS
     for name in args.compare:
         if name not in known:
             raise UserError(f"--compare {name}: {'with' if args.online else 'without'} --online, choose among {' '.join(known)}")
-    if not {args.online or args.learner, *args.compare} & set(STORES) and args.buffer_draw != "random":
+    if not {args.online or args.learner, *args.compare} & set(STORING) and args.buffer_draw != "random":
         raise UserError(f"--buffer-draw {args.buffer_draw}: {args.online or args.learner} stores no rays, so no losses to draw by are kept")
     if args.centre and args.buffer_draw != "weighted":
         raise UserError(f"--centre {args.centre} is a term of --buffer-draw weighted, not of {args.buffer_draw}")
@@ -679,28 +728,6 @@ def anneal(progress: float, schedule: str) -> float:
     """Factor on the learning rate at a task's progress in [0, 1)."""
     return {"cosine": 0.55 + 0.45 * math.cos(math.pi * progress), "constant": 1.0,
             "steps": 0.5 ** sum(progress >= p for p in (1 / 64, 1 / 32, 1 / 16))}[schedule]
-
-
-@dataclass
-class Lesson:
-    """A learner at a task, for so many steps; those of one learner follow each other."""
-    learner: str                # "first" is the first task, which all but `joint` have in common
-    x: int                      # index of the task
-    steps: int
-    start: str                  # with which model: "newborn", "first" (as that lesson left it), "" (as the last lesson left it)
-
-
-def plan(args: Args, tasks: int) -> list[Lesson]:
-    """All lessons in order. The main learner comes last, so that the last model is its; joint has the steps of all tasks."""
-    main = args.online or args.learner
-    names = [name for name in args.compare if name != main] + [main]
-    if args.online:
-        return [Lesson(name, x, args.chunk_steps, "" if x else "newborn") for name in names for x in range(tasks)]
-    lessons = [] if names == ["joint"] else [Lesson("first", 0, args.steps, "newborn")]
-    for name in names:
-        lessons += [Lesson("joint", tasks - 1, tasks * args.steps, "newborn")] if name == "joint" else \
-            [Lesson(name, x, args.steps, "first" if x == 1 else "") for x in range(1, tasks)]
-    return lessons
 
 
 def train(args: Args) -> dict:
@@ -716,59 +743,63 @@ def train(args: Args) -> dict:
         raise UserError(f"{scene.name} is a forward-facing scene, whose cameras have no sides: choose one with cameras around an object")
     tasks, views = make_tasks(scene, args), join_views(scene.train, scene.test)
     H, W = views.images.shape[1:3]
-    most = sum(len(task.seen) for task in tasks[:-1]) * H * W
+    old_rays = sum(len(task.seen) for task in tasks[:-1]) * H * W
     if args.buffer_size is None:
-        args = replace(args, buffer_size=round(0.12 * most))
-    if args.buffer_size > most:
-        raise UserError(f"--buffer-size {args.buffer_size}: all tasks but the last have {most} rays: give at most that")
+        args = replace(args, buffer_size=round(0.12 * old_rays))
+    if args.buffer_size > old_rays:
+        raise UserError(f"--buffer-size {args.buffer_size}: all tasks but the last have {old_rays} rays: give at most that")
     run = Run("continual", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
 
     lessons, main = plan(args, len(tasks)), args.online or args.learner
-    model = Model(args, scene).to(args.device)
-    fresh = lambda: torch.optim.Adam(model.parameters(), lr=args.lr, eps=1e-15 if args.field == "hash" else 1e-8, fused=True)
-    optimiser, past = fresh(), None
-    at, clock = {"lesson": 0, "t": 0}, Stopwatch(args.device)                                       # where we are
-    whole = lambda: copy.deepcopy({"model": model.state_dict(), "optimiser": optimiser.state_dict()})
-    book = {"newborn": whole(), "first": None, "rows": {}, "album": {}}
     if args.eval_only and not run.resumed:
         raise UserError(f"{run.path}: no ckpt.pt to evaluate: train first")
+    new_model = lambda: Model(args, scene).to(args.device)
+    new_optimiser = lambda: torch.optim.Adam(model.parameters(), lr=args.lr, eps=1e-15 if args.field == "hash" else 1e-8, fused=True)
+    model = new_model()
+    optimiser, past = new_optimiser(), Past(lessons[0].learner, args, H, W)
+    place, results, clock = {"lesson": 0, "t": 0}, {"rows": {}, "album": {}, "first": None}, Stopwatch(args.device)
     if run.resumed:
         state = run.load({name: value for name, value in run.args.items() if name not in FREE})
-        at, book, clock = state["at"], state["book"], Stopwatch(args.device, state["seconds"])
+        place, results, clock = state["place"], state["results"], Stopwatch(args.device, state["seconds"])
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        past = Past(lessons[min(at["lesson"], len(lessons) - 1)].learner, args, H, W)
+        past = Past(lessons[place["lesson"] - (place["t"] == 0)].learner, args, H, W)               # the one that the checkpoint holds
         past.load_state_dict(state["past"], model)
         set_random_state(state["random"])
-    done = sum(lesson.steps for lesson in lessons[:at["lesson"]]) + at["t"]
+    if args.eval_only and place["lesson"] < len(lessons):
+        raise UserError(f"{run.path}: {main} is not trained yet: --resume the run first")
+    done = sum(lesson.steps for lesson in lessons[:place["lesson"]]) + place["t"]                   # steps of all learners together
     if args.resume:
-        run.rewind(done)                                                                            # lines that will be written again
+        run.rewind(done, by="total")                                                                # lines that will be written again
     progress = Progress(sum(lesson.steps for lesson in lessons), done)
 
-    while at["lesson"] < len(lessons) and not args.eval_only:
-        lesson, t = lessons[at["lesson"]], at["t"]
-        learner, x = lesson.learner, lesson.x
+    while place["lesson"] < len(lessons) and not args.eval_only:
+        lesson, t = lessons[place["lesson"]], place["t"]
+        learner, x, newborn = lesson.learner, lesson.x, lesson.start == "newborn"
         clock.start()
         before = clock.seconds
-        newborn = lesson.start == "newborn"
+        # 1. a task begins. Its random numbers follow from the seed and the task alone, whoever else is compared
+        if t == 0 and newborn:
+            torch.manual_seed(args.seed)
+            model = new_model()
+            optimiser, past = new_optimiser(), Past(learner, args, H, W)
+            results["rows"][learner] = {"psnr_heldout": [], "psnr_seen": [], "seconds": 0.0, "steps": 0}
+        elif t == 0 and lesson.start == "first":
+            model.load_state_dict(results["first"]["model"])
+            optimiser.load_state_dict(copy.deepcopy(results["first"]["optimiser"]))                 # it keeps what it is given
+            past = Past(learner, args, H, W)
+            results["rows"][learner] = copy.deepcopy(results["rows"]["first"])
         for name, p in model.named_parameters():
             p.requires_grad_(newborn or args.freeze == "none" or name.endswith("table") != (args.freeze == "table"))
         if t == 0:
-            # 1. a task begins. Its random numbers follow from the seed and the task alone, whoever else is compared
             torch.manual_seed(args.seed * 1000 + x)
-            if lesson.start:
-                model.load_state_dict(book[lesson.start]["model"])
-                optimiser.load_state_dict(book[lesson.start]["optimiser"])
-                past = Past(learner, args, H, W)
-                empty = {"psnr_heldout": [], "psnr_seen": [], "seconds": 0.0}
-                book["rows"][learner] = empty if newborn else copy.deepcopy(book["rows"]["first"])
             if learner == "joint":
                 past.views = [v for task in tasks[:-1] for v in task.seen]
             elif not newborn:
                 past.remember(model, views, tasks[x - 1], scene, args)
                 if not (args.resume_optimizer or args.online):
-                    optimiser = fresh()
+                    optimiser = new_optimiser()
         # 2. a step, with the rate of this task's progress
         decayed = args.resume_optimizer and not newborn
         factor = 1.0 if args.online else anneal(1.0 if decayed else t / lesson.steps, args.schedule)
@@ -780,12 +811,13 @@ def train(args: Args) -> dict:
         n = args.rays + (args.replay_rays if learner == "joint" and t >= args.steps else 0)         # as many rays in all as with replay
         optimiser.zero_grad()
         loss, acc = step_gradients(model, past, views, present, n, scene, args)
-        check_finite(loss, t)
+        check_finite(loss, done)
         optimiser.step()
-        at["t"] = t = t + 1
+        place["t"] = t = t + 1
         done += 1
-        row = book["rows"][learner]
+        row = results["rows"][learner]
         row["seconds"] += clock.stop() - before
+        row["steps"] += 1
 
         progress(done, loss=loss, acc=acc.mean())
         last = t == lesson.steps
@@ -795,27 +827,29 @@ def train(args: Args) -> dict:
         check_not_empty(acc, done)
         scores = evaluate(model, views, tasks, scene, args, args.eval_views)
         mean = sum(scores["psnr_heldout"][:x + 1]) / (x + 1)                                        # over the tasks met so far
-        run.log(step=done, learner=learner, task=x + 1, train_seconds=row["seconds"], loss=loss.item(),
-                **({"psnr": mean} if learner in ("first", main) else {}), **scores)
+        ours = {"psnr": mean} if learner == main or learner == "first" and main != "joint" else {}  # the main learner's whole curve
+        run.log(step=row["steps"], total=done, learner=learner, task=x + 1, train_seconds=row["seconds"], loss=loss.item(), **ours,
+                **scores)
         if board:
-            board.add_scalar(f"{learner}/psnr", mean, done)
+            board.add_scalar(f"{learner}/psnr", mean, row["steps"])
         if last:
             row["psnr_heldout"].append(scores["psnr_heldout"])
             row["psnr_seen"].append(scores["psnr_seen"])
             row.update(ssim=scores["ssim"], memory_bytes=past.bytes(H, W))
-            book["album"][learner] = torch.stack([render_view(model, views, task.held_out[0], scene, args)["rgb"] for task in tasks[:4]])
+            results["album"][learner] = torch.stack([render_view(model, views, task.held_out[0], scene, args)["rgb"] for task in tasks[:4]])
             if learner == "first":
-                book["first"] = whole()
-            at = {"lesson": at["lesson"] + 1, "t": 0}
-        run.save({"random": random_state(), "at": at, "seconds": clock.seconds, "book": book, "past": past.state_dict(), **whole()})
+                results["first"] = copy.deepcopy({"model": model.state_dict(), "optimiser": optimiser.state_dict()})
+            place = {"lesson": place["lesson"] + 1, "t": 0}
+        run.save({"random": random_state(), "place": place, "seconds": clock.seconds, "results": results, "past": past.state_dict(),
+                  "model": model.state_dict(), "optimiser": optimiser.state_dict()})
     progress.close()
-    return conclude(args, run, scene, tasks, views, model, past, book, clock.seconds)
+    return conclude(args, run, scene, tasks, views, model, past, results, clock.seconds)
 
 
 def album_picture(views, tasks: list[Task], album: dict, zoom: int = 2) -> Tensor:
-    """A row for each of the first four tasks, its first held-out view: truth | after the first task | each learner at the end."""
-    names = sorted(album, key=lambda name: (("first", *LEARNERS, *POLICIES).index(name)))
-    rows = [torch.cat([views.images[task.held_out[0]], *(album[name][k].to(views.images) for name in names)], 1)
+    """A row for each of the first four tasks, its first held-out view: truth | after the first task | each learner at the end, in
+    the order of the printed table."""
+    rows = [torch.cat([views.images[task.held_out[0]], *(renders[k].to(views.images) for renders in album.values())], 1)
             for k, task in enumerate(tasks[:4])]
     return torch.cat(rows).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
 
@@ -871,10 +905,10 @@ def draw_matrices(rows: dict, tasks: list[Task]) -> str:
             f'font-size="12"><rect width="{width}" height="{y}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
 
 
-def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model: Model, past: Past, book: dict,
+def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model: Model, past: Past, results: dict,
              seconds: float) -> dict:
     """Write pictures, film and summary. model, past: the main learner's, at the end."""
-    main, rows = args.online or args.learner, book["rows"]
+    main, rows = args.online or args.learner, results["rows"]
     if args.eval_only:
         scores = evaluate(model, views, tasks, scene, args, args.eval_views)
         for name in ("psnr_heldout", "psnr_seen"):
@@ -886,7 +920,7 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
     for i, v in enumerate(v for task in tasks for v in some(task.held_out, 2)):
         out = render_view(model, views, v, scene, args)
         save_png(run.path / f"test_{i:03d}.png", strip(views.images[v], out["rgb"], out["depth"], scene.near, scene.far))
-    save_png(run.path / "forgetting.png", album_picture(views, tasks, book["album"]))
+    save_png(run.path / "forgetting.png", album_picture(views, tasks, results["album"]))
     (run.path / "matrix.svg").write_text(draw_matrices(rows, tasks), encoding="utf-8")
     if past.memory:
         save_png(run.path / "buffer.png", buffer_picture(past.memory, views, tasks))
@@ -897,9 +931,9 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
         film = replace(scene.test, c2w=path, K=K_of(scene.test, 0), images=scene.test.images[:1].expand(len(path), -1, -1, -1))
         save_video(run.path / "render.mp4", [render_view(model, film, v, scene, args)["rgb"] for v in range(len(path))])
     row = rows[main]
-    summary = dict(method="continual", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=args.steps,
+    summary = dict(method="continual", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=row["steps"],
                    train_seconds=round(row["seconds"], 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), psnr=row["psnr"],
-                   **{name: value for name, value in row.items() if name not in ("psnr", "seconds")},
+                   **{name: value for name, value in row.items() if name not in ("psnr", "seconds", "steps")},
                    learner=main, field=args.field, split="stream" if args.online else args.split, rows=rows)
     run.summary(**summary)
     print(table(rows))
@@ -910,13 +944,16 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
 
 def table(rows: dict) -> str:
     """Markdown: PSNR [dB] on each task at the end, held-out / seen."""
-    tasks = len(next(iter(rows.values()))["psnr_seen"][-1])
     dB = lambda v: "" if v is None else f"{v:.2f}"
+    line = lambda name, row, x, *more: "| " + " | ".join([name, *(f"{a:.2f} / {b:.2f}" for a, b in zip(row["psnr_heldout"][x],
+                                                                                                    row["psnr_seen"][x])), *more]) + " |"
+    tasks = len(next(iter(rows.values()))["psnr_seen"][-1])
     titles = " | ".join(f"{j + 1}: held-out / seen" for j in range(tasks))
     lines = ["", f"| learner | {titles} | forgetting | of seen | memory kB | s |", "|---|" + "---:|" * (tasks + 4)]
-    lines += [f"| {name} | " + " | ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(row["psnr_heldout"][-1], row["psnr_seen"][-1]))
-              + f" | {dB(row['forgetting'])} | {dB(row['forgetting_seen'])} | {row['memory_bytes'] / 1e3:.0f} | {row['seconds']:.0f} |"
-              for name, row in rows.items()]
+    begun = next((row for row in rows.values() if len(row["psnr_seen"]) == 2), None)                # two tasks: what there was to forget
+    lines += [line("after task 1", begun, 0, "", "", "", "")] if begun else []
+    lines += [line(name, row, -1, dB(row["forgetting"]), dB(row["forgetting_seen"]), f"{row['memory_bytes'] / 1e3:.0f}",
+                   f"{row['seconds']:.0f}") for name, row in rows.items()]
     return "\n".join(lines)
 
 
