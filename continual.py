@@ -863,7 +863,7 @@ def buffer_picture(memory: Memory, views, tasks: list[Task], zoom: int = 2) -> T
     return torch.cat([picture[v] for v in shown], 1).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
 
 
-def bar_frames(rows: dict, height: int = 80, width: int = 12) -> list[Tensor]:
+def bar_frames(rows: dict, height: int = 100, width: int = 24) -> list[Tensor]:
     """A frame after each chunk, a row of bars a policy (in the order of `rows`), a bar a chunk: PSNR on its seen frames, 10 to 40 dB;
     chunks that were still to come are grey."""
     count, frames = len(next(iter(rows.values()))["psnr_seen"]), []
@@ -922,7 +922,7 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
         save_png(run.path / f"test_{i:03d}.png", strip(views.images[v], out["rgb"], out["depth"], scene.near, scene.far))
     save_png(run.path / "forgetting.png", album_picture(views, tasks, results["album"]))
     (run.path / "matrix.svg").write_text(draw_matrices(rows, tasks), encoding="utf-8")
-    if past.memory:
+    if past.memory is not None:
         save_png(run.path / "buffer.png", buffer_picture(past.memory, views, tasks))
     if args.online:
         save_video(run.path / "chunks.gif", bar_frames(rows), fps=2)
@@ -943,13 +943,16 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
 
 
 def table(rows: dict) -> str:
-    """Markdown: PSNR [dB] on each task at the end, held-out / seen."""
+    """Markdown: PSNR [dB] on each task at the end, held-out / seen; of more than four tasks their mean."""
     dB = lambda v: "" if v is None else f"{v:.2f}"
-    line = lambda name, row, x, *more: "| " + " | ".join([name, *(f"{a:.2f} / {b:.2f}" for a, b in zip(row["psnr_heldout"][x],
-                                                                                                    row["psnr_seen"][x])), *more]) + " |"
     tasks = len(next(iter(rows.values()))["psnr_seen"][-1])
-    titles = " | ".join(f"{j + 1}: held-out / seen" for j in range(tasks))
-    lines = ["", f"| learner | {titles} | forgetting | of seen | memory kB | s |", "|---|" + "---:|" * (tasks + 4)]
+    titles = [f"task {j + 1}: held-out / seen" for j in range(tasks)] if tasks < 5 else ["held-out / seen"]
+
+    def line(name, row, x, *more):
+        held_out, seen = (row[kind][x] if tasks < 5 else [sum(row[kind][x]) / tasks] for kind in ("psnr_heldout", "psnr_seen"))
+        return "| " + " | ".join([name, *(f"{a:.2f} / {b:.2f}" for a, b in zip(held_out, seen)), *more]) + " |"
+
+    lines = ["", f"| learner | {' | '.join(titles)} | forgetting | of seen | memory kB | s |", "|---|" + "---:|" * (len(titles) + 4)]
     begun = next((row for row in rows.values() if len(row["psnr_seen"]) == 2), None)                # two tasks: what there was to forget
     lines += [line("after task 1", begun, 0, "", "", "", "")] if begun else []
     lines += [line(name, row, -1, dB(row["forgetting"]), dB(row["forgetting_seen"]), f"{row['memory_bytes'] / 1e3:.0f}",
