@@ -52,8 +52,8 @@ What is kept has a price: at 64 px an old hash model takes ten times the bytes o
 replay is for larger pictures, and for pictures that must not be kept.
 
 What the runs say (README, one seed): on the hard split a hash grid forgets 7 dB of the first task's held-out views and 13 dB of the seen
-ones, 3 and 6 dB on the released split: not its shape but its colours, by the table as much as by the MLPs. Own renders bring all of it back,
-stored rays three quarters. In a stream, the rays of highest loss are worth most, and 12 % of all rays nearly as much as all.
+ones, 3 and 6 dB on the released split: not its shape but its colours, by the table as much as by the MLPs. Own renders bring it back,
+stored rays three quarters of it. In a stream, the rays of highest loss are worth most, and 12 % of all rays nearly as much as all.
 
     python continual.py                       two tasks: naive 24.4 dB on the first one's held-out views, mixed and joint 30.7; 116 s
     python continual.py --online highest      a stream of ten chunks: 30.5 dB, nothing stored 27.1, all stored 30.7
