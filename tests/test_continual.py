@@ -1315,11 +1315,11 @@ def test_seeds_differ_and_repeat(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_replay_forgets_less_than_nothing_kept(tmp_path, seed):
-    """Small tables: the second side's rays overwrite what the first one stored. Measured: naive -1.4 to -1.5 dB, replay +0.4 to +0.5."""
+    """Small tables: the second side's rays overwrite what the first one stored. Five seeds: naive 0.8 to 1.5 dB, replay none."""
     rows = quick(tmp_path / "a", learner="replay", compare=("naive",), seed=seed, steps=100, rays=128, replay_rays=128, levels=4,
                  log2_table=8, finest=32, samples=32, eval_every=1000, eval_views=4)["rows"]
     naive, replay = rows["naive"], rows["replay"]
-    assert naive["forgetting_seen"] > 0.7 and naive["backward_transfer_seen"] == pytest.approx(-naive["forgetting_seen"])
+    assert naive["forgetting_seen"] > 0.4 and naive["backward_transfer_seen"] == pytest.approx(-naive["forgetting_seen"])
     assert replay["forgetting_seen"] < 0.3 and replay["psnr_seen"][1][0] > naive["psnr_seen"][1][0] + 1
     assert min(row["psnr_seen"][1][1] for row in rows.values()) > naive["psnr_seen"][0][1] + 3      # both learn the second side
 
