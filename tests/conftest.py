@@ -43,3 +43,25 @@ def assert_refused(outcome, *named):
     assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
     for word in named:
         assert str(word) in complaint, complaint
+
+
+def real(name):
+    """The folder of real data, in which `name` is; a skipped test where it is not."""
+    data = os.environ.get("NERF_DATA")
+    if not data:
+        pytest.skip("NERF_DATA is not set")
+    if not (Path(data) / name).is_dir():
+        pytest.skip(f"{name} is not under NERF_DATA")
+    return data
+
+
+def close(a, b, **tolerance):
+    """True, or the complaint of assert_close, which itself returns None."""
+    from torch.testing import assert_close                # after OMP_NUM_THREADS is set
+    assert_close(a, b, **tolerance)
+    return True
+
+
+def lines(path):
+    """What a file holds whose lines are JSON."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

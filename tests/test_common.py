@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import UserError  # noqa: E402
+from conftest import real  # noqa: E402
 
 WHITE = torch.ones(3)
 
@@ -48,15 +49,6 @@ def write_blender(folder, splits=("train", "test"), H=8, W=12, n=2, channels=4, 
             edit(meta)
         (folder / f"transforms_{split}.json").write_text(json.dumps(meta))
     return pixels
-
-
-def real(name):
-    data = os.environ.get("NERF_DATA")
-    if not data:
-        pytest.skip("NERF_DATA is not set")
-    if not (Path(data) / name).is_dir():
-        pytest.skip(f"{name} is not under NERF_DATA")
-    return Path(data)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rays
@@ -444,7 +436,7 @@ def test_malformed_dtu_is_a_user_error_that_names_it(tmp_path, what):
 
 
 def test_real_lego():
-    data = real("nerf_synthetic/lego")
+    data = Path(real("nerf_synthetic/lego"))
     began = time.perf_counter()
     scene = common.load_scene("lego", data, size=100)
     assert time.perf_counter() - began < 30

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -20,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import continual as cl  # noqa: E402
-from conftest import assert_refused  # noqa: E402
+from conftest import assert_refused, close, lines, real  # noqa: E402
 from continual import Args, Memory, Past, Task, choose, fisher, penalty, project, sector, smooth_order, tile_losses  # noqa: E402
 
 F64 = torch.float64
@@ -53,27 +51,8 @@ def seeded(monkeypatch):
     monkeypatch.setattr(cl, "load_scene", load)
 
 
-def real(name):
-    data = os.environ.get("NERF_DATA")
-    if not data:
-        pytest.skip("NERF_DATA is not set")
-    if not (Path(data) / name).is_dir():
-        pytest.skip(f"{name} is not under NERF_DATA")
-    return data
-
-
-def close(a, b, **tolerance):
-    """True, or the complaint of assert_close, which itself returns None."""
-    assert_close(a, b, **tolerance)
-    return True
-
-
 def args(**more):
     return replace(Args(), **{**TINY, **more})
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def at(azimuth, elevation=20.0, radius=4.0):

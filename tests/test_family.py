@@ -1,5 +1,4 @@
 """Families of many scenes in common.py: the built-in `cars` and the SRN layout. Real data: NERF_DATA=... (else said to be skipped)."""
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import UserError  # noqa: E402
+from conftest import real  # noqa: E402
 
 SIZE = 32
 
@@ -446,9 +446,7 @@ def test_hull_scores_of_the_built_in_cars(cars):
 
 
 def test_real_srn_cars():
-    data = Path(os.environ.get("NERF_DATA", ""))
-    if not os.environ.get("NERF_DATA") or not (data / "srn_cars/cars_train").is_dir():
-        pytest.skip("NERF_DATA is not set, or has no srn_cars/cars_train")
+    data = Path(real("srn_cars/cars_train"))
     family = common.load_family("srn_cars", data, 64)
     assert family.kind == "srn" and family.name == "cars_train" and len(family.scenes) >= 3 and family.check([0, 1, 2], False) == [0, 1, 2]
     flip = torch.tensor([1.0, -1.0, -1.0, 1.0])

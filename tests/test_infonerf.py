@@ -5,7 +5,6 @@ those tests say that they were skipped.
 """
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -20,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from torch.testing import assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import infonerf as inf  # noqa: E402
-from conftest import assert_refused  # noqa: E402
+from conftest import assert_refused, close, lines, real  # noqa: E402
 from infonerf import Args, divergence, entropy, opaque, ray_distribution  # noqa: E402
 
 F64 = torch.float64
@@ -44,27 +42,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def real(name):
-    data = os.environ.get("NERF_DATA")
-    if not data:
-        pytest.skip("NERF_DATA is not set")
-    if not (Path(data) / name).is_dir():
-        pytest.skip(f"{name} is not under NERF_DATA")
-    return data
-
-
-def close(a, b, **tolerance):
-    """True, or the complaint of assert_close, which itself returns None."""
-    assert_close(a, b, **tolerance)
-    return True
-
-
 def args(**more):
     return replace(Args(), **{**TINY, **more})
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def some_scene(V=100, T=25, kind="blender", H=12, W=16, names="v{:03d}"):

@@ -29,7 +29,7 @@ import common  # noqa: E402
 import conftest  # noqa: E402
 import latent_scenes as ls  # noqa: E402
 from common import UserError  # noqa: E402
-from conftest import assert_refused  # noqa: E402
+from conftest import assert_refused, lines, real  # noqa: E402
 from latent_scenes import Album, Args, Autoencoder, Model, Store, plan, schedule  # noqa: E402
 
 F64 = torch.float64
@@ -93,10 +93,6 @@ def close(a, b, atol=1e-6, rtol=0.0):
     """True, or the complaint of torch's, which itself returns None."""
     torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
     return True
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def without_seconds(value):
@@ -1453,11 +1449,7 @@ def test_broken_scenes_are_left_out(a_family, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------- real data
 
 def test_real_cars_run(tmp_path):
-    data = os.environ.get("NERF_DATA")
-    if not data:
-        pytest.skip("NERF_DATA is not set")
-    if not (Path(data) / "srn_cars/cars_train").is_dir():
-        pytest.skip("srn_cars/cars_train is not under NERF_DATA")
+    data = real("srn_cars/cars_train")
     given = args(scene="srn_cars", data=data, size=32, scenes=2, new_scenes=1, compare=("rgb", "plain", "macro"), box="measured",
                  out=str(tmp_path / "a"))
     summary = ls.train(given)

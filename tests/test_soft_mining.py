@@ -6,7 +6,6 @@ those tests say that they were skipped.
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import soft_mining as sm  # noqa: E402
-from conftest import assert_refused  # noqa: E402
+from conftest import assert_refused, close, lines, real  # noqa: E402
 from soft_mining import Args, MultinomialSampler, PixelTable, ReleasedWalkers, Walkers, edge_maps, grad_log_q, soft_weight  # noqa: E402
 
 F64 = torch.float64
@@ -41,21 +40,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-def real(name):
-    data = os.environ.get("NERF_DATA")
-    if not data:
-        pytest.skip("NERF_DATA is not set")
-    if not (Path(data) / name).is_dir():
-        pytest.skip(f"{name} is not under NERF_DATA")
-    return data
-
-
-def close(a, b, **tolerance):
-    """True, or the complaint of assert_close, which itself returns None."""
-    assert_close(a, b, **tolerance)
-    return True
-
-
 def images(V=3, H=12, W=16, seed=0):
     return torch.rand(V, H, W, 3, generator=torch.Generator().manual_seed(seed))
 
@@ -63,10 +47,6 @@ def images(V=3, H=12, W=16, seed=0):
 def args(**more):
     """Args for a sampler alone: every share that moves walkers about is off unless asked for."""
     return replace(Args(), **{**dict(uniform_share=0.0, reborn_share=0.0, reinit="none"), **more})
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def histogram(view, xy, V, H, W):

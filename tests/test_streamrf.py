@@ -28,7 +28,7 @@ import common  # noqa: E402
 import conftest  # noqa: E402
 import streamrf as sr  # noqa: E402
 from common import UserError  # noqa: E402
-from conftest import assert_refused  # noqa: E402
+from conftest import assert_refused, lines  # noqa: E402
 from streamrf import (DELTA, KEY, Args, Grid, StreamDamaged, StreamHeader, StreamReader, StreamWriter, active, compand,  # noqa: E402
                       decode_frame, encode_frame, grid_from, pack_header, pack_record)
 
@@ -1304,10 +1304,6 @@ def test_tune_s_learning_rates(begun, film, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
 
 def without_seconds(path):
     return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines(path)]

@@ -1,7 +1,6 @@
 """Video scenes of common.py: the built-in `stage`, N3DV and CMU Panoptic layouts. Real data: NERF_DATA=... (else said to be skipped)."""
 import builtins
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import STAGE_APPEARS, STAGE_FLICKER, UserError  # noqa: E402
+from conftest import real  # noqa: E402
 
 THINGS = ("ball", "turning", "appearing", "flicker")
 
@@ -479,9 +479,7 @@ def test_panoptic_pictures_of_unequal_size_or_broken(tmp_path):
 
 
 def test_real_basketball():
-    data = os.environ.get("NERF_DATA")
-    if not data or not (Path(data) / "panoptic_sports/basketball").is_dir():
-        pytest.skip("NERF_DATA is not set, or has no panoptic_sports/basketball")
+    data = real("panoptic_sports/basketball")
     video = common.load_video("basketball", data, size=320)
     assert video.frames == 30 and video.c2w.shape == (31, 3, 4) and [video.names[v] for v in video.test] == ["0", "10", "15", "30"]
     image = video.read(7).images
