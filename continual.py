@@ -78,7 +78,9 @@ from kernels import composite, hash_encode, hash_levels, march
 
 LEARNERS = ("naive", "distill", "ewc", "replay", "own-replay", "mixed", "joint")
 POLICIES = ("none", "agem", "stride", "reservoir", "mixed", "tiles", "highest", "unbounded")                # of a stream
-STORING = ("replay", "mixed", "agem", "stride", "reservoir", "tiles", "highest", "unbounded")              # those that store rays
+# how the rays are chosen by those who store some (None: as --buffer-fill says)
+FILLS = {"replay": None, "mixed": None, "agem": "random", "stride": "uniform", "reservoir": "random", "tiles": "tiles", "highest": "topk",
+         "unbounded": "all"}
 
 
 @dataclass
@@ -344,7 +346,7 @@ class Memory:
             old, new = torch.arange(len(self), device=device), torch.arange(n, device=device)
         else:
             places = min(self.size, self.gone_by)
-            share = min(n, max(round(places * n / self.gone_by), places - len(self)))
+            share = round(places * n / self.gone_by)                                                # all of them, while all fit
             even = lambda have, take: torch.arange(take, device=device) * have // max(take, 1)
             chance = lambda have, take: torch.randperm(have, device=device)[:take].sort().values
             thin = even if self.fill == "uniform" else chance
@@ -596,8 +598,7 @@ def evaluate(model: Model, views, tasks: list[Task], scene: Scene, args: Args, m
 class Past:
     """All that a learner keeps of the tasks before: stored rays, the old model, old weights and how much they matter, old cameras."""
     def __init__(self, learner: str, args: Args, H: int, W: int):
-        fill = {"stride": "uniform", "reservoir": "random", "agem": "random", "tiles": "tiles", "highest": "topk", "unbounded": "all",
-                "replay": args.buffer_fill, "mixed": args.buffer_fill}.get(learner)
+        fill = (FILLS[learner] or args.buffer_fill) if learner in FILLS else None
         self.how = "weighted" if learner == "unbounded" else args.buffer_draw
         self.by_loss = fill in ("topk", "tiles") or self.how != "random"
         self.memory = None if fill is None else Memory(args.buffer_size, fill, H, W, args.device, losses=self.by_loss)
@@ -612,7 +613,7 @@ class Past:
         if state["memory"]:
             self.memory.load_state_dict(state["memory"])
         if state["teacher"]:
-            self.teacher = copy.deepcopy(model)
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
             self.teacher.load_state_dict(state["teacher"])
         move = lambda tensors: tensors and [x.to(next(model.parameters()).device) for x in tensors]
         self.anchors, self.fisher, self.views = move(state["anchors"]), move(state["fisher"]), state["views"]
@@ -721,7 +722,7 @@ def check(args: Args) -> None:
     for name in args.compare:
         if name not in known:
             raise UserError(f"--compare {name}: {'with' if args.online else 'without'} --online, choose among {' '.join(known)}")
-    if not {args.online or args.learner, *args.compare} & set(STORING) and args.buffer_draw != "random":
+    if not {args.online or args.learner, *args.compare} & set(FILLS) and args.buffer_draw != "random":
         raise UserError(f"--buffer-draw {args.buffer_draw}: {args.online or args.learner} stores no rays, so no losses to draw by are kept")
     if args.centre and args.buffer_draw != "weighted":
         raise UserError(f"--centre {args.centre} is a term of --buffer-draw weighted, not of {args.buffer_draw}")
