@@ -102,11 +102,12 @@ def check_not_empty(acc: Tensor, step: int) -> None:
 def cli(presets: dict, main: Callable) -> None:
     """Read `--preset NAME` first, then every other flag over that preset, and call main(args).
 
-    presets: name -> instance of one dataclass; "quick" is the default. Bad flags and UserError end as one line on stderr
+    presets: name -> instance of one dataclass; "quick" is the default. With --resume or --eval-only a run's own args.json stands
+    before the words of the command line, so that `--out DIR --resume` is enough. Bad flags and UserError end as one line on stderr
     with exit status 2, Ctrl-C as one line with status 130. A traceback that you do see is a bug of ours.
     """
     def parse():
-        rest, name = [], "quick"
+        rest, name = [], None
         words = iter(sys.argv[1:])
         for word in words:
             if word == "--preset":
@@ -115,12 +116,35 @@ def cli(presets: dict, main: Callable) -> None:
                 name = word.split("=", 1)[1]
             else:
                 rest.append(word)
-        if name not in presets:
+        if name not in (None, *presets):
             raise UserError(f"--preset {name or '(nothing)'} does not exist: choose one of {', '.join(presets)}")
-        args = presets[name]
-        about = (type(args).__doc__ or "") + f"\n\n--preset {{{','.join(presets)}}} (now: {name}) sets all defaults at once."
-        return tyro.cli(type(args), args=rest, default=args, description=about)
+        args = presets[name or "quick"]
+        about = (type(args).__doc__ or "") + f"\n\n--preset {{{','.join(presets)}}} (now: {name or 'quick'}) sets all defaults at once."
+        read = lambda words: tyro.cli(type(args), args=words, default=args, description=about)
+        given = read(rest)
+        if (getattr(given, "resume", False) or getattr(given, "eval_only", False)) and given.out is not None:
+            rest = _flags_of(Path(given.out) / "args.json", {f.name for f in fields(args)}) + (["--preset", name] if name else []) + rest
+            given = read(rest)
+        return given
     _one_line_errors(parse, main)
+
+
+def _flags_of(path: Path, known: set[str]) -> list[str]:
+    """The command line that says what a run's args.json says, where there is one; not --out, --resume, --eval-only."""
+    if not path.is_file():
+        return []
+    try:
+        saved, words = json.loads(path.read_text()).items(), []
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path}: not a run's args.json: start afresh with another --out") from None
+    for name, value in saved:
+        if name in known - {"out", "resume", "eval_only"}:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _one_line_errors(parse: Callable, main: Callable) -> None:
@@ -1885,14 +1909,16 @@ class Run:
     """A run's folder: args.json, env.json, metrics.jsonl, summary.json, ckpt.pt. It never overwrites another run.
 
     out None: runs/<method>-<scene>-<time>, else exactly `out`. resume: the folder of the run to continue; `resumed` tells whether it has
-    a checkpoint, as a run that was killed before its first one starts again from the beginning.
-    Raises UserError if the folder holds a run and resume is off, if resume finds none, or if it cannot be written.
+    a checkpoint, as a run that was killed before its first one starts again from the beginning; eval_only: it must have one.
+    Raises UserError if the folder holds a run and both are off, if they find none, or if it cannot be written.
     """
-    def __init__(self, method: str, scene_name: str, out: str | Path | None, args: dict, resume: bool = False):
+    def __init__(self, method: str, scene_name: str, out: str | Path | None, args: dict, resume: bool = False, eval_only: bool = False):
         self.identity, self.args = {"method": method, "scene": scene_name}, plain(args)
         name = f"{method}-{scene_name}-{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(out) if out is not None else Path("runs") / name
-        self.resumed = resume and (self.path / "ckpt.pt").is_file()
+        self.resumed = (resume or eval_only) and (self.path / "ckpt.pt").is_file()
+        if eval_only and not self.resumed:
+            raise UserError(f"{self.path}: no ckpt.pt to evaluate: train first")
         if resume and out is None:
             raise UserError("--resume needs --out DIR, the folder of the run to continue")
         if resume and not (self.resumed or (self.path / "args.json").is_file()):

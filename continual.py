@@ -119,9 +119,10 @@ class Args:
     online: Optional[Literal[POLICIES]] = None
     """A stream instead of tasks: frames come in chunks, by a walk to the nearest camera. Which of the rays gone by are stored: none,
     reservoir: a uniform sample, stride: evenly spaced ones, tiles: more where 4x4 tiles have more loss, highest: those of highest loss,
-    unbounded: all. agem: a sample that only bends gradients. mixed: a sample, and the last chunk's model."""
+    unbounded: all (drawn with p ~ loss). agem: a sample that only bends gradients. mixed: a sample, and the last chunk's model."""
     compare: Optional[tuple[Literal[LEARNERS + POLICIES], ...]] = None
-    """More learners (or policies) in the same run, from the same first task (default: naive joint; online: none unbounded)."""
+    """More learners (or policies) in the same run, from the same first task (default: naive joint, --preset paper: all; online: none
+    unbounded)."""
     steps: int = 800
     """Optimiser steps a task."""
     rays: int = 1024
@@ -202,7 +203,7 @@ PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", split="released", field="mlp", width=256, depth=8, frequencies=10, samples=64, importance=64,
                   steps=21_504, resume_optimizer=True, schedule="steps", lr=5e-4, lr_warmup=1, buffer_size=20_480, buffer_fill="topk",
-                  buffer_draw="weighted", compare=LEARNERS, eval_every=2000, eval_views=0),
+                  buffer_draw="weighted", eval_every=2000, eval_views=0),
 }
 
 
@@ -722,7 +723,7 @@ def check(args: Args) -> None:
     for name in args.compare:
         if name not in known:
             raise UserError(f"--compare {name}: {'with' if args.online else 'without'} --online, choose among {' '.join(known)}")
-    if not {args.online or args.learner, *args.compare} & set(FILLS) and args.buffer_draw != "random":
+    if not {args.online or args.learner, *args.compare} & set(FILLS) and args.buffer_draw not in ("random", PRESETS[args.preset].buffer_draw):
         raise UserError(f"--buffer-draw {args.buffer_draw}: {args.online or args.learner} stores no rays, so no losses to draw by are kept")
     if args.centre and args.buffer_draw != "weighted":
         raise UserError(f"--centre {args.centre} is a term of --buffer-draw weighted, not of {args.buffer_draw}")
@@ -737,7 +738,8 @@ def anneal(progress: float, schedule: str) -> float:
 def train(args: Args) -> dict:
     """Train, evaluate, write the run folder; -> what summary.json holds."""
     if args.compare is None:
-        args = replace(args, compare=("none", "unbounded") if args.online else ("naive", "joint"))
+        default = ("none", "unbounded") if args.online else LEARNERS if args.preset == "paper" else ("naive", "joint")
+        args = replace(args, compare=default)
     if args.lr is None:
         args = replace(args, lr=1e-2 if args.field == "hash" else 5e-3)
     check(args)
@@ -752,12 +754,10 @@ def train(args: Args) -> dict:
         args = replace(args, buffer_size=round(0.12 * old_rays))
     if args.buffer_size > old_rays:
         raise UserError(f"--buffer-size {args.buffer_size}: all tasks but the last have {old_rays} rays: give at most that")
-    run = Run("continual", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
+    run = Run("continual", scene.name, args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
 
     lessons, main = plan(args, len(tasks)), args.online or args.learner
-    if args.eval_only and not run.resumed:
-        raise UserError(f"{run.path}: no ckpt.pt to evaluate: train first")
     new_model = lambda: Model(args, scene).to(args.device)
     new_optimiser = lambda: torch.optim.Adam(model.parameters(), lr=args.lr, eps=1e-15 if args.field == "hash" else 1e-8, fused=True)
     model = new_model()

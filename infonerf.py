@@ -612,7 +612,7 @@ def train(args: Args) -> dict:
     if args.unseen_poses == "dataset" and len(rest.names) == 0:
         raise UserError(f"--unseen-poses dataset: {scene.name} has no view that is neither given nor tested: use --unseen-poses sphere")
     scene, rest = to_device(scene, args.device), to_device(rest, args.device)
-    run = Run("infonerf", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
+    run = Run("infonerf", scene.name, args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
 
     views, tests, (H, W) = scene.train, len(scene.test.names), scene.train.images.shape[1:3]
@@ -622,8 +622,6 @@ def train(args: Args) -> dict:
     fields.to(args.device)
     optimiser = torch.optim.Adam(fields.parameters(), lr=args.lr, eps=1e-15 if args.field == "hash" else 1e-8, fused=True)
     step, clock = 0, Stopwatch(args.device)
-    if args.eval_only and not run.resumed:
-        raise UserError(f"{run.path}: no ckpt.pt to evaluate: train first")
     if run.resumed:
         state = run.load({name: value for name, value in run.args.items() if name not in FREE})
         fields.load_state_dict(state["fields"])

@@ -961,10 +961,8 @@ def train(args: Args) -> dict:
     check(args)
     family = load_family(args.scene, args.data, args.size, above=args.above)
     scenes = choose_scenes(args, family)
-    run = Run("latent_scenes", family.name, args.out, asdict(args), resume=args.resume or args.eval_only) if rank == 0 else None
+    run = Run("latent_scenes", family.name, args.out, asdict(args), resume=args.resume, eval_only=args.eval_only) if rank == 0 else None
     path, resumed = from_rank_0(run and (run.path, run.resumed))
-    if args.eval_only and not resumed:
-        raise UserError(f"{path}: no ckpt.pt to evaluate: train first")
     expect = {name: value for name, value in run.args.items() if name not in FREE} if run else {}
     state = from_rank_0(run and resumed and run.load(expect)) or {"phase": None}
     board = tensorboard(path) if args.tensorboard and run else None

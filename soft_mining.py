@@ -529,7 +529,7 @@ def train(args: Args) -> dict:
     scene = to_device(load_scene(args.scene, args.data, args.size, args.background, args.train_split), args.device)
     if args.as_released:                                                                            # constants of the released code
         args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on", batch="rays", train_background="scene")
-    run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume or args.eval_only)
+    run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
     board = tensorboard(run.path) if args.tensorboard else None
     weighting = args.weighting == "on" or args.weighting == "auto" and args.sampling != "uniform"
 
@@ -544,8 +544,6 @@ def train(args: Args) -> dict:
     march_step = float((scene.aabb[1] - scene.aabb[0]).norm()) / args.march_steps                   # in world units
     count = {"step": 0, "rays": 0, "samples": 0, "next_rays": args.rays}
     clock = Stopwatch(args.device)
-    if args.eval_only and not run.resumed:
-        raise UserError(f"{run.path}: no ckpt.pt to evaluate: train first")
     if run.resumed:
         state = run.load({name: value for name, value in run.args.items() if name not in FREE})
         for name, part in parts.items():

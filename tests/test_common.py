@@ -900,6 +900,69 @@ def test_cli(tmp_path, words, status, out):
         assert status == 130 or done.stderr.startswith("error: ")
 
 
+RESUMABLE = """
+import sys; sys.path.insert(0, {root!r})
+from dataclasses import asdict, dataclass
+from typing import Literal, Optional
+import common
+@dataclass
+class Args:
+    \"\"\"A method.\"\"\"
+    preset: Literal["quick", "paper"] = "quick"
+    out: Optional[str] = None
+    resume: bool = False
+    eval_only: bool = False
+    steps: int = 10
+    rate: float = 1e-2
+    rates: tuple[float, float] = (1.0, 2.0)
+    names: Optional[tuple[Literal["a", "b"], ...]] = None
+    none: Optional[int] = 3
+    video: bool = False
+    dither: bool = True
+def main(args):
+    run = common.Run("m", "s", args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
+    if run.resumed:
+        run.load({{key: value for key, value in run.args.items() if key not in ("out", "resume", "eval_only", "rate")}})
+    else:
+        run.save({{"step": args.steps}})
+    print(args)
+common.cli({{"quick": Args(), "paper": Args("paper", steps=99)}}, main)
+"""
+
+
+def test_cli_resumes_with_the_flags_of_the_run(tmp_path):
+    (tmp_path / "m.py").write_text(RESUMABLE.format(root=str(ROOT)))
+
+    def call(words):
+        done = subprocess.run([sys.executable, "m.py", *words.split()], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stderr if done.returncode else done.stdout
+    flags = "--rate 3e-5 --rates 0.1 -0.5 --names b a --none None --video --no-dither"
+    status, first = call(f"--out x --preset paper {flags}")
+    assert status == 0 and "steps=99, rate=3e-05, rates=(0.1, -0.5), names=('b', 'a'), none=None, video=True, dither=False" in first
+    for how in ("--resume", "--eval-only"):
+        flag = how[2:].replace("-", "_")
+        assert call(f"--out x {how}") == (0, first.replace(f"{flag}=False", f"{flag}=True"))
+    assert "rate=0.5" in call("--out x --resume --rate 0.5")[1]                               # a flag that is given comes after
+    assert call("--out x --resume --preset paper")[0] == 0
+    for words, named in {"--steps 5": "steps was 99, now 5", "--preset quick": "preset was paper, now quick", "--dither": "dither"}.items():
+        status, complaint = call(f"--out x --resume {words}")
+        assert status == 2 and named in complaint, complaint
+    for content in ("{", "[1, 2]", '{"steps": "many"}'):
+        (tmp_path / "x/args.json").write_text(content)
+        status, complaint = call("--out x --resume")
+        assert status == 2 and len(complaint.splitlines()) == 1 and complaint.startswith("error: "), complaint
+        assert (tmp_path / "x/args.json").read_text() == content
+
+
+def test_eval_only_without_a_checkpoint_writes_nothing(tmp_path):
+    common.Run("m", "s", tmp_path / "a", {"steps": 3})
+    before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    for folder in ("a", "absent"):
+        with pytest.raises(UserError, match="no ckpt.pt to evaluate"):
+            common.Run("m", "s", tmp_path / folder, {"steps": 4}, eval_only=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before and not (tmp_path / "absent").exists()
+
+
 def fake_run(folder, rows, **summary):
     run = common.Run(summary["method"], "lego", folder, {})
     for step, seconds, psnr, *more in rows:
