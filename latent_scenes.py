@@ -49,11 +49,11 @@ Where the released code differs from this file:
 Ours, not the paper's: training pictures are moved by up to half a latent pixel, with their rays (--no-shift), as planes are otherwise only
 ever seen along the same few rays; in phase B a quarter of the pictures goes through the encoder (--encode); no phase needs a latent cache.
 
-What the runs say (README): over a thousand cars 87 % less time and 48 % less memory each than RGB tri-planes trained for 27 s, and 0.7 dB
-less; 1.1 to 1.4 dB more than RGB planes of the same seconds, up to 3.5 s a car. Phase B is worth 3.5 dB before the decoder is tuned, private
-and shared planes together 1.6 dB over either alone.
+What the runs say (README): over a thousand cars 87 % less time and 48 % less memory each than RGB tri-planes trained until they stop
+improving, and 0.5 dB less; 0.9 to 1.4 dB more than RGB planes of the same seconds, up to 7 s a car. Phase B is worth 3.6 dB before the
+decoder is tuned, private and shared planes together 1.3 dB over either alone.
 
-    python latent_scenes.py                                  24 unseen cars: 24.3 dB, 273 s of one core
+    python latent_scenes.py                                  24 unseen cars: 24.3 dB, 282 s of one core
     python latent_scenes.py --scenes 100 --new-scenes 900 --visits-0 480 --visits-b 600 --visits-d 120         27.9 dB, 40 minutes
     torchrun --nproc-per-node=2 latent_scenes.py             the same, scenes split over two processes
     python latent_scenes.py --scene srn_cars --preset paper  for a GPU; not run
