@@ -18,6 +18,10 @@ backend:  "reference"  the definition; autograd derives its backward
           "triton"     the kernels below (float32 or float64, in their input's precision)
           "auto"       triton for CUDA tensors, otherwise the fastest of the others
 
+Floors, in the docstrings, are arithmetic, not measurements: ns for 1000 samples on an H200, in float32, if nothing but one thing took time:
+memory at 4 TB/s (what a copy reaches), its L2 cache at 5.5 TB/s in sectors of 32 bytes (an atomic add counts twice, as it reads and
+writes), arithmetic at 60 Tflop/s. What binds comes first.
+
 Nothing needs a GPU to be checked: with TRITON_INTERPRET=1 set before this file is imported, the kernels run on CPU tensors.
     python kernels.py              check every operation against float64, then time it
     python kernels.py --resources  registers, shared memory and spills of every kernel, compiled without a GPU
@@ -231,6 +235,8 @@ def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=N
     Returns t_starts (N,), t_ends (N,) = t_starts + step, offsets (R+1,) int64, ray_ids (N,) int64.
     Example: a ray along +x from the left face of a box 1 wide, all occupied, step 0.4: middles 0.2, 0.6 -> t_starts 0, 0.4 (1.0 is not < 1).
     Bytes: 24 a ray in; out 16 a sample in float32 (two times, one int64); grid reads stay in cache (2 MB at 128^3), and both passes make them.
+    Floor: L2, 12 ns for 1000 steps of the lattice, occupied or not, if each of both passes touches another sector (along z 32 cells share
+    one); memory, 5 for 1000 samples at 20 a ray, with rays read and offsets written in both passes; arithmetic, 1 (some 30 flops a step).
     Raises ValueError (shape, dtype, device, step), RuntimeError (Triton asked for where it cannot run). Source: Instant-NGP, appendix E.
     """
     _check("rays_o", rays_o, (None, 3))
@@ -403,7 +409,10 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
     Gradient of all four outputs to sigmas and rgbs; none to t_starts, t_ends, offsets.
     Example: one sample, sigma = ln 2, interval [1, 2], colour 1: alpha 0.5, so rgb 0.5, acc 0.5, depth 0.75, weights [0.5].
     Bytes a sample in float32: forward reads 12 + 4C, writes 8 (weight, transmittance): 32 at C = 3; backward reads 16 + 4C, writes 4 + 4C: 44
-    (48 where weights carry a cotangent). At 4 TB/s: 8 and 11 ns per 1000 samples; some 60 flops each, so memory binds.
+    (48 where weights carry a cotangent).
+    Floor: memory, 8 ns forward and 11 backward; arithmetic, 1 (some 60 flops each way). The kernels move just this: transmittance is kept
+    (4 written, 4 read) because the backward runs from the far end, where the sum in front of a sample is not known yet, and w_i / alpha_i
+    does not give it back where alpha_i is 0. Whatever a ray's length, its last block of 32 is read as whole lines.
     Raises ValueError (shape, dtype, device; on the CPU also offsets that do not cover the samples), RuntimeError (Triton cannot run).
     """
     _check("sigmas", sigmas, (None,))
@@ -597,35 +606,53 @@ class _HashTriton(torch.autograd.Function):
         return d_x, d_table, None
 
 
+def _take(table, rows):
+    """table[rows], (M, F), (n,) -> (n, F), on a CPU. A row that is as wide as some kind of number is read as one: F = 4 in a quarter of the time."""
+    F = table.shape[1]
+    number = {8: torch.complex64, 16: torch.complex128}.get(F * table.element_size())
+    if number is None or table.storage_offset() % F:
+        return table.index_select(0, rows)
+    return table.view(number)[:, 0].index_select(0, rows).view(table.dtype).view(-1, F)
+
+
+def _add(d_table, rows, values):
+    """d_table[rows] += values, (M, F), (n,), (F, n). One-dimensional index_add_ is a plain loop, always in the same order, where whole rows cost
+    a small tensor operation each; two features are added as one complex number."""
+    if len(values) % 2 == 0 and d_table.dtype in (torch.float32, torch.float64):
+        d_table, values = torch.view_as_complex(d_table.view(len(d_table), -1, 2)), torch.complex(values[::2], values[1::2])
+    for column, value in zip(d_table.unbind(1), values):
+        column.index_add_(0, rows, value)
+
+
 class _HashTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass. Backward: one-dimensional index_add
-    and index_select, feature by feature: plain loops, always in the same order, where whole rows cost a small tensor operation each."""
+    """backend="torch", made for the CPU: few passes over the corners. They are gathered row by row, then kept feature by feature, (F, 8, N),
+    so that every sum runs along samples, and the backward to x need not gather them again."""
     @staticmethod
     def forward(ctx, x, table, levels):
-        xt = x.t().contiguous()
-        rows, weights = zip(*(_rows_weights(xt, levels, level) for level in range(len(levels.sizes))))
-        ctx.levels = levels
-        ctx.save_for_backward(x, table, *rows, *weights)
-        return torch.cat([nnf.embedding_bag(r.t().contiguous(), table, per_sample_weights=w.t().contiguous(), mode="sum")
-                          for r, w in zip(rows, weights)], 1)
+        xt, table, kept, out = x.t().contiguous(), table.contiguous(), [], []
+        for level in range(len(levels.sizes)):
+            rows, weights = _rows_weights(xt, levels, level)                            # (8, N)
+            corners = torch.stack(_take(table, rows.view(-1)).unbind(1)).view(table.shape[1], *rows.shape)
+            out.append((corners * weights).sum(1))                                  # (F, N)
+            kept += [rows, weights] + [corners] * ctx.needs_input_grad[0]
+        ctx.levels, ctx.shape = levels, table.shape
+        ctx.save_for_backward(x, *kept)
+        return torch.cat(out).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, table, *stored = ctx.saved_tensors
-        F, L, xt = table.shape[1], len(ctx.levels.sizes), x.t().contiguous()
-        d_x = torch.zeros_like(xt) if ctx.needs_input_grad[0] else None                 # (3, N)
-        d_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
-        columns = d_out.t().contiguous()                                            # (L F, N)
-        for level, (rows, weights) in enumerate(zip(stored[:L], stored[L:])):
-            g = columns[level * F:(level + 1) * F]                                  # (F, N)
-            flat = rows.view(-1)
-            if d_table is not None:
-                for f in range(F):
-                    d_table[:, f].index_add_(0, flat, (weights * g[f]).view(-1))
-            if d_x is not None:                                                     # s_k = g . table[row_k], then the cell's edges
-                s = sum(table[:, f].index_select(0, flat).view(8, -1) * g[f] for f in range(F)).view(2, 2, 2, -1)      # axes z, y, x, N
-                res = ctx.levels.resolutions[level]
+        (x, *kept), (M, F), (want_x, want_table, _) = ctx.saved_tensors, ctx.shape, ctx.needs_input_grad
+        xt, L = x.t().contiguous(), len(ctx.levels.sizes)
+        d_x = torch.zeros_like(xt) if want_x else None                              # (3, N)
+        d_table = d_out.new_zeros(M, F) if want_table else None
+        for level, res in enumerate(ctx.levels.resolutions):
+            rows, weights, *corners = kept[level * len(kept) // L:(level + 1) * len(kept) // L]
+            g = torch.stack(d_out[:, level * F:(level + 1) * F].unbind(1))              # (F, N)
+            if want_table:
+                _add(d_table, rows.view(-1), (weights * g[:, None]).view(F, -1))
+            if want_x:                                                              # s_k = g . table[row_k], then the cell's edges
+                s = (corners[0] * g[:, None]).sum(0).view(2, 2, 2, -1)                  # axes z, y, x, N
                 (x0, y0, z0), (x1, y1, z1) = _corners(xt, res)[1]
                 dx, sx = s[:, :, 1] - s[:, :, 0], s[:, :, 0] * x0 + s[:, :, 1] * x1         # x differentiated; x summed out: (2, 2, N)
                 dx, dy, sy = dx[:, 0] * y0 + dx[:, 1] * y1, sx[:, 1] - sx[:, 0], sx[:, 0] * y0 + sx[:, 1] * y1      # the same in y: (2, N)
@@ -644,6 +671,9 @@ def hash_encode(x, table, levels, backend="auto"):
     On a GPU the sums into the table are atomic, so their last bits differ from run to run; on the CPU they do not.
     Bytes a sample in float32: forward 12 in and 4LF out, backward 12 + 4LF in and 12 out where x wants it; besides, 32LF of gathers and as many
     of atomic adds, which stay in the L2 cache where a level's 2^T rows fit (2^19 rows of 2 features: 4 MB). At L = 8, F = 4: 140, 152 and 1024 bytes.
+    Floor there: L2, 370 ns forward, 750 backward to the table, 370 to x, as each of 64 corners is a sector of which a row fills half (neighbours
+    along x share one in half of the cells: 280, 560, 280); memory, 35 and 38; arithmetic, 30 (some 1600 operations). The kernels read x once a level
+    from the L2 cache, and write a level's 4F bytes of a position at a time: whole sectors at F = 8, halves at F = 4.
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run).
     """
     _check("x", x, (None, 3))
@@ -802,6 +832,7 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
     Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
     Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 32 of links and 32F of gathers or atomics,
     less where corners are missing or masked. At F = 28: 124, 124, and 928 that caches serve in part, as neighbours on a ray share corners.
+    Floor there: L2, 230 ns forward, 420 backward (a row lies in four sectors, a link in one); memory, 31; arithmetic, 10 (some 500 flops).
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or
     RuntimeError on the CPU, while the kernels count that corner as missing. Source: Plenoxels section 3.1; StreamRF for the mask.
     """
@@ -962,6 +993,7 @@ def triplane_interp(x, planes, backend="auto"):
     (1, 0, z), half a texel further out, half of that.
     Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 48F of gathers or atomics, which stay in the
     L2 cache where a scene's 12 H W F bytes fit. At F = 32: 140, 140 and 1536, and planes of 1.6 MB at 64^2.
+    Floor there: L2, 280 ns forward, 560 backward; memory, 35; arithmetic, 15 (some 900 flops).
     A position that is not a number gives NaN, an infinite one lies outside; neither reads outside the planes.
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run). Source: EG3D section 3, but not its code's third plane.
     """

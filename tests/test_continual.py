@@ -1482,10 +1482,10 @@ def test_a_run_is_not_harmed_by_another(monkeypatch, capsys, tmp_path):
     assert command(monkeypatch, capsys, *base)[0] == 0
     before = content(out)
     assert_refused(command(monkeypatch, capsys, *base), "holds a run")
-    for name, value in (("seed", 5), ("steps", 8), ("tasks", 3), ("learner", "naive"), ("compare", "ewc"), ("buffer-size", 7),
-                        ("levels", 2), ("online", "none"), ("split", "released"), ("eval-views", 2)):
+    for words in ("--seed 5", "--steps 8", "--tasks 3", "--learner naive", "--compare ewc", "--buffer-size 7", "--levels 2", "--split released",
+                  "--eval-views 2", "--online none --compare none"):
         for how in ("--resume", "--eval-only"):
-            assert_refused(command(monkeypatch, capsys, *base, how, f"--{name}", value), f"{name.replace('-', '_')} was")
+            assert_refused(command(monkeypatch, capsys, *base, how, *words.split()), f"{words.split()[0][2:].replace('-', '_')} was")
     assert content(out) == before
     (tmp_path / "b").mkdir()
     common.Run("other_method", "bricks", tmp_path / "b", {}).save({"step": 1})

@@ -410,6 +410,26 @@ def hash_all(backend, x, table, levels, cotangent):
 MIXED = hash_levels(4, 3, 40, 9)                # two dense levels, two hashed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("F", [1, 2, 3, 4, 6, 8])
+def test_rows_read_and_added_as_wide_numbers(F, dtype):
+    """The CPU's gather and scatter: what a row looks like as complex numbers must not matter, nor where in memory the table begins."""
+    random = torch.Generator().manual_seed(F)
+    storage = torch.randn(1 + 9 * F + F, generator=random).to(dtype)
+    rows = torch.tensor([3, 0, 8, 3, 3, 7], dtype=torch.int32)
+    for start in (0, 1, F):
+        table = storage[start:start + 9 * F].view(9, F)
+        assert torch.equal(kernels._take(table, rows), table[rows.long()])
+    values = torch.randn(F, 6, generator=random).to(dtype)
+    total = table.clone()
+    wanted = table.clone()
+    for i, row in enumerate(rows.tolist()):                 # one by one, in order: the sums must be the same to the last bit
+        wanted[row] += values[:, i]
+    kernels._add(total, rows, values)
+    assert torch.equal(total, wanted)
+
+
+
 def test_hash_levels():
     assert MIXED == ((3, 7, 16, 40), (64, 512, 512, 512), (0, 64, 576, 1088, 1600), (True, True, False, False))
     ngp = hash_levels(16, 16, 4096, 19)
