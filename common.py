@@ -118,34 +118,48 @@ def cli(presets: dict, main: Callable) -> None:
                 name = word.split("=", 1)[1]
             else:
                 rest.append(word)
-        if name not in (None, *presets):
-            raise UserError(f"--preset {name or '(nothing)'} does not exist: choose one of {', '.join(presets)}")
-        args = presets[name or "quick"]
-        about = (type(args).__doc__ or "") + f"\n\n--preset {{{','.join(presets)}}} (now: {name or 'quick'}) sets all defaults at once."
-        read = lambda words: tyro.cli(type(args), args=words, default=args, description=about)
-        given = read(rest)
+        given = read(rest, "quick" if name is None else name)
         if (getattr(given, "resume", False) or getattr(given, "eval_only", False)) and given.out is not None:
-            rest = _flags_of(Path(given.out) / "args.json", {f.name for f in fields(args)}) + (["--preset", name] if name else []) + rest
-            given = read(rest)
+            path = Path(given.out) / "args.json"
+            saved = _saved_args(path, {f.name for f in fields(given)})
+            was = saved.pop("preset", "quick")
+            if name not in (None, was) and saved:
+                raise UserError(f"{path}: of another run: preset was {was}, now {name}: give the same preset, or another --out")
+            given = read(_words_of(saved) + rest, was if saved else name or "quick")
         return given
+
+    def read(words, name):
+        if name not in presets:
+            raise UserError(f"--preset {name or '(nothing)'} does not exist: choose one of {', '.join(presets)}")
+        about = (type(presets[name]).__doc__ or "") + f"\n\n--preset {{{','.join(presets)}}} (now: {name}) sets all defaults at once."
+        return tyro.cli(type(presets[name]), args=words, default=presets[name], description=about)
     _one_line_errors(parse, main)
 
 
-def _flags_of(path: Path, known: set[str]) -> list[str]:
-    """The command line that says what a run's args.json says, where there is one; not --out, --resume, --eval-only."""
+def _saved_args(path: Path, known: set[str]) -> dict:
+    """What a run's args.json says of `known` flags, {} where there is none: not where it ran (--device), nor data that has moved since."""
     if not path.is_file():
-        return []
+        return {}
     try:
-        saved, words = json.loads(path.read_text()).items(), []
-    except (OSError, ValueError, AttributeError):
+        saved = {name: value for name, value in json.loads(path.read_text()).items() if name in known - {"out", "resume", "eval_only", "device"}}
+        if "data" in saved and not Path(saved["data"]).is_dir():
+            del saved["data"]
+    except (OSError, ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a run's args.json: start afresh with another --out") from None
-    for name, value in saved:
-        if name in known - {"out", "resume", "eval_only"}:
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return saved
+
+
+def _words_of(args: dict) -> list[str]:
+    """The command line that says the same."""
+    words = []
+    for name, value in args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={value}")
     return words
 
 
@@ -1915,7 +1929,8 @@ class Run:
     Raises UserError if the folder holds a run and both are off, if they find none, or if it cannot be written.
     """
     def __init__(self, method: str, scene_name: str, out: str | Path | None, args: dict, resume: bool = False, eval_only: bool = False):
-        self.identity, self.args = {"method": method, "scene": scene_name}, plain(args)
+        self.identity = {"method": method, "scene": scene_name}
+        self.args = plain(args | {name: False for name in ("resume", "eval_only") if name in args})     # what it is, not how it was called
         name = f"{method}-{scene_name}-{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(out) if out is not None else Path("runs") / name
         self.resumed = (resume or eval_only) and (self.path / "ckpt.pt").is_file()
@@ -1946,7 +1961,9 @@ class Run:
             file.write(json.dumps(plain(metrics), allow_nan=False) + "\n")
 
     def rewind(self, step: int, by: str = "step") -> None:
-        """Forget the lines of metrics.jsonl whose `by` is after `step`: a resumed run will write them again. Half a line at the end goes too."""
+        """A run goes on: args.json takes the flags of now, and the lines of metrics.jsonl whose `by` is after `step`, which will be written
+        again, are forgotten; half a line at the end goes too."""
+        _write_json(self.path / "args.json", self.args)
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
@@ -1971,11 +1988,11 @@ class Run:
         (name -> value, compared with the args it was saved with) differs."""
         path = self.path / "ckpt.pt"
         state = load_tensors(path, "checkpoint", "args")
-        args = state["args"]
-        for key, value in {**self.identity, **(expect or {})}.items():
-            saved = [d[key] for d in (state, args) if key in d and not isinstance(d[key], Tensor)]
-            if plain(value) not in saved:
-                raise UserError(f"{path}: of another run: {key} was {saved[0] if saved else 'not set'}, now {plain(value)}: give the same {key}, or another --out")
+        for saved, wanted in ((state, self.identity), (state["args"], expect or {})):
+            for key, value in wanted.items():
+                if key not in saved or saved[key] != plain(value):
+                    raise UserError(f"{path}: of another run: {key} was {saved.get(key, 'not set')}, now {plain(value)}: give the same {key}, "
+                                    "or another --out")
         return state
 
 

@@ -19,8 +19,8 @@ backend:  "reference"  the definition; autograd derives its backward
           "auto"       triton for CUDA tensors, otherwise the fastest of the others
 
 Floors, in the docstrings, are arithmetic, not measurements: ns for 1000 samples on an H200, in float32, if nothing but one thing took time:
-memory at 4 TB/s (what a copy reaches), its L2 cache at 5.5 TB/s in sectors of 32 bytes (an atomic add counts twice, as it reads and
-writes), arithmetic at 60 Tflop/s. What binds comes first.
+memory at 4 TB/s (what a copy reaches), its L2 cache at 5.5 TB/s in sectors of 32 bytes if the L1 caches serve none (an atomic add counts
+twice, as it reads and writes), arithmetic at 60 Tflop/s. What binds comes first.
 
 Nothing needs a GPU to be checked: with TRITON_INTERPRET=1 set before this file is imported, the kernels run on CPU tensors.
     python kernels.py              check every operation against float64, then time it
@@ -236,7 +236,8 @@ def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=N
     Example: a ray along +x from the left face of a box 1 wide, all occupied, step 0.4: middles 0.2, 0.6 -> t_starts 0, 0.4 (1.0 is not < 1).
     Bytes: 24 a ray in; out 16 a sample in float32 (two times, one int64); grid reads stay in cache (2 MB at 128^3), and both passes make them.
     Floor: L2, 12 ns for 1000 steps of the lattice, occupied or not, if each of both passes touches another sector (along z 32 cells share
-    one); memory, 5 for 1000 samples at 20 a ray, with rays read and offsets written in both passes; arithmetic, 1 (some 30 flops a step).
+    one); memory, 5 for 1000 samples at 20 a ray, with rays read and offsets read or written in both passes; arithmetic, 1 (some 30 flops a
+    step).
     Raises ValueError (shape, dtype, device, step), RuntimeError (Triton asked for where it cannot run). Source: Instant-NGP, appendix E.
     """
     _check("rays_o", rays_o, (None, 3))
@@ -412,7 +413,7 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
     (48 where weights carry a cotangent).
     Floor: memory, 8 ns forward and 11 backward; arithmetic, 1 (some 60 flops each way). The kernels move just this: transmittance is kept
     (4 written, 4 read) because the backward runs from the far end, where the sum in front of a sample is not known yet, and w_i / alpha_i
-    does not give it back where alpha_i is 0. Whatever a ray's length, its last block of 32 is read as whole lines.
+    does not give it back where alpha_i is 0. A ray of 5 samples costs a warp as many instructions as one of 32, but not as many bytes.
     Raises ValueError (shape, dtype, device; on the CPU also offsets that do not cover the samples), RuntimeError (Triton cannot run).
     """
     _check("sigmas", sigmas, (None,))
@@ -607,10 +608,10 @@ class _HashTriton(torch.autograd.Function):
 
 
 def _take(table, rows):
-    """table[rows], (M, F), (n,) -> (n, F), on a CPU. A row that is as wide as some kind of number is read as one: F = 4 in a quarter of the time."""
+    """table[rows], (M, F), (n,) -> (n, F), on a CPU. A row that is as wide as some kind of number is read as one, in half the time or less."""
     F = table.shape[1]
     number = {8: torch.complex64, 16: torch.complex128}.get(F * table.element_size())
-    if number is None or table.storage_offset() % F:
+    if number is None or table.storage_offset() % F or table.stride(0) != F:
         return table.index_select(0, rows)
     return table.view(number)[:, 0].index_select(0, rows).view(table.dtype).view(-1, F)
 
@@ -626,7 +627,8 @@ def _add(d_table, rows, values):
 
 class _HashTorch(torch.autograd.Function):
     """backend="torch", made for the CPU: few passes over the corners. They are gathered row by row, then kept feature by feature, (F, 8, N),
-    so that every sum runs along samples, and the backward to x need not gather them again."""
+    so that each sum over corners is a plain loop along samples (the result is (L F, N) in memory), and the backward to x, where x wants
+    one, need not gather them again (32LF bytes a sample)."""
     @staticmethod
     def forward(ctx, x, table, levels):
         xt, table, kept, out = x.t().contiguous(), table.contiguous(), [], []
@@ -671,9 +673,9 @@ def hash_encode(x, table, levels, backend="auto"):
     On a GPU the sums into the table are atomic, so their last bits differ from run to run; on the CPU they do not.
     Bytes a sample in float32: forward 12 in and 4LF out, backward 12 + 4LF in and 12 out where x wants it; besides, 32LF of gathers and as many
     of atomic adds, which stay in the L2 cache where a level's 2^T rows fit (2^19 rows of 2 features: 4 MB). At L = 8, F = 4: 140, 152 and 1024 bytes.
-    Floor there: L2, 370 ns forward, 750 backward to the table, 370 to x, as each of 64 corners is a sector of which a row fills half (neighbours
-    along x share one in half of the cells: 280, 560, 280); memory, 35 and 38; arithmetic, 30 (some 1600 operations). The kernels read x once a level
-    from the L2 cache, and write a level's 4F bytes of a position at a time: whole sectors at F = 8, halves at F = 4.
+    Floor at these sizes: L2, 370 ns forward, 750 backward to the table, 370 to x, as each of 64 corners is a sector of which a row fills half
+    (280, 560, 280 if in half of the cells two neighbours along x share one); memory, 35 and 38; arithmetic, 30 (some 1600 operations). The kernels
+    read x once a level from the L2 cache, and write a level's 4F bytes of a position at a time: whole sectors at F = 8, halves at F = 4.
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run).
     """
     _check("x", x, (None, 3))
@@ -832,7 +834,7 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
     Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
     Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 32 of links and 32F of gathers or atomics,
     less where corners are missing or masked. At F = 28: 124, 124, and 928 that caches serve in part, as neighbours on a ray share corners.
-    Floor there: L2, 230 ns forward, 420 backward (a row lies in four sectors, a link in one); memory, 31; arithmetic, 10 (some 500 flops).
+    Floor at these sizes: L2, 230 ns forward, 420 backward (a row lies in four sectors, a link in one); memory, 31; arithmetic, 10 (some 500 flops).
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or
     RuntimeError on the CPU, while the kernels count that corner as missing. Source: Plenoxels section 3.1; StreamRF for the mask.
     """
@@ -993,7 +995,7 @@ def triplane_interp(x, planes, backend="auto"):
     (1, 0, z), half a texel further out, half of that.
     Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 48F of gathers or atomics, which stay in the
     L2 cache where a scene's 12 H W F bytes fit. At F = 32: 140, 140 and 1536, and planes of 1.6 MB at 64^2.
-    Floor there: L2, 280 ns forward, 560 backward; memory, 35; arithmetic, 15 (some 900 flops).
+    Floor at these sizes: L2, 280 ns forward, 560 backward; memory, 35; arithmetic, 15 (some 900 flops).
     A position that is not a number gives NaN, an infinite one lies outside; neither reads outside the planes.
     Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run). Source: EG3D section 3, but not its code's third plane.
     """

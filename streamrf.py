@@ -996,7 +996,7 @@ def play(args: Args) -> dict:
         if (video.H, video.W, len(video.test)) != (where.H, where.W, where.held_out):
             raise UserError(f"{path}: {where.held_out} cameras of {where.W}x{where.H} px are held out, in {args.scene} {len(video.test)} "
                             f"of {video.W}x{video.H}: give the --scene that it was made with")
-    run = Run("streamrf", Path(path).stem if args.play else args.scene, args.out, asdict(args), resume=args.eval_only)
+    run = Run("streamrf", Path(path).stem if args.play else args.scene, args.out, asdict(args), eval_only=args.eval_only)
     flight = free_path(where.c2w, where.ndc, len(shown)).to(args.device)
     flight = replace(where, c2w=flight, K=where.K[:1].expand(len(shown), 3, 3))
     films, scores, seconds, frames = [], [], 0.0, reader.frames(args.seek)
@@ -1080,6 +1080,8 @@ def train(args: Args) -> dict:
         set_random_state(state["random"])
         full, pilot = (None if grid is None else to_device(Grid(*grid), args.device) for grid in (state["full"], state["pilot"]))
         recent, per_frame, clock = state["recent"].to(args.device), state["per_frame"], Stopwatch(args.device, state["seconds"])
+        if len(per_frame) > video.frames:
+            raise UserError(f"--frames {args.frames}: {run.path} has {len(per_frame)} frames already: give at least that, or another --out")
     if args.resume:
         run.rewind(len(per_frame) - 1)
     writer = StreamWriter(args.stream or run.path / "stream.srf", header, len(per_frame) if args.resume else None)

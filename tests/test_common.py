@@ -791,10 +791,11 @@ def test_run_never_overwrites_and_resumes(tmp_path, monkeypatch):
         file.write('{"step": 2, "ps')                                                        # killed while writing
     run.save({"step": 2, "w": torch.arange(3), "rng": common.random_state()})
     again = common.Run("m", "s", "out", {"lr": 5}, resume=True)
+    assert json.loads(Path("out/args.json").read_text())["lr"] == 0.1                        # kept, as long as nothing goes on
     again.rewind(2)
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[0] == {"step": 0, "psnr": 20.0, "loss": None}
-    assert json.loads(Path("out/args.json").read_text())["lr"] == 0.1                        # kept
+    assert json.loads(Path("out/args.json").read_text())["lr"] == 5                          # what it goes on with: the next --resume reads it
     assert torch.equal(again.load({"lr": 0.1})["w"], torch.arange(3))
     run.summary(psnr=torch.tensor(31.5), ssim=np.float32(0.5), bad=math.nan, n=np.int64(3))
     assert json.loads(Path("out/summary.json").read_text()) == {"psnr": 31.5, "ssim": 0.5, "bad": None, "n": 3}
@@ -804,6 +805,11 @@ def test_checkpoint_of_another_run_or_broken(tmp_path):
     run = common.Run("m", "s", tmp_path / "a", {"levels": 8, "betas": (0.9, 0.99)})
     run.save({"step": 1})
     assert run.load({"levels": 8, "betas": (0.9, 0.99)})["step"] == 1
+    asked = common.Run("m", "s", tmp_path / "b", {"scene": "t"})                             # the flag said t, what was found is s
+    asked.save({})
+    asked.load({"scene": "t"})
+    with pytest.raises(UserError, match="another run: scene was s, now t"):
+        common.Run("m", "t", tmp_path / "b", {"scene": "t"}, resume=True).load({"scene": "t"})
     for key, load in {"levels": lambda: run.load({"levels": 4}), "absent": lambda: run.load({"absent": 1}),
                       "method": common.Run("other", "s", tmp_path / "a", {}, resume=True).load,
                       "scene": common.Run("m", "t", tmp_path / "a", {}, resume=True).load}.items():
@@ -901,7 +907,7 @@ def test_cli(tmp_path, words, status, out):
 
 
 RESUMABLE = """
-import sys; sys.path.insert(0, {root!r})
+import os, sys; sys.path.insert(0, {root!r})
 from dataclasses import asdict, dataclass
 from typing import Literal, Optional
 import common
@@ -912,6 +918,8 @@ class Args:
     out: Optional[str] = None
     resume: bool = False
     eval_only: bool = False
+    data: str = os.environ.get("NERF_DATA", "data")
+    device: str = "cpu"
     steps: int = 10
     rate: float = 1e-2
     rates: tuple[float, float] = (1.0, 2.0)
@@ -922,7 +930,9 @@ class Args:
 def main(args):
     run = common.Run("m", "s", args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
     if run.resumed:
-        run.load({{key: value for key, value in run.args.items() if key not in ("out", "resume", "eval_only", "rate")}})
+        run.load({{key: value for key, value in run.args.items() if key not in ("out", "resume", "eval_only", "data", "device", "rate")}})
+        if args.resume:
+            run.rewind(0)
     else:
         run.save({{"step": args.steps}})
     print(args)
@@ -942,7 +952,15 @@ def test_cli_resumes_with_the_flags_of_the_run(tmp_path):
     for how in ("--resume", "--eval-only"):
         flag = how[2:].replace("-", "_")
         assert call(f"--out x {how}") == (0, first.replace(f"{flag}=False", f"{flag}=True"))
-    assert "rate=0.5" in call("--out x --resume --rate 0.5")[1]                               # a flag that is given comes after
+    assert "rate=0.5" in call("--out x --resume --rate 0.5 --device cuda")[1]                 # a flag that is given comes after
+    for how in ("--eval-only", "--resume"):                                                   # and is remembered; not where the run was
+        assert "rate=0.5" in call(f"--out x {how}")[1] and "device='cpu'" in call(f"--out x {how}")[1]
+    assert json.loads((tmp_path / "x/args.json").read_text())["resume"] is False
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    assert "data='old'" in call("--out x --resume --data old")[1] and "data='old'" in call("--out x --resume")[1]
+    (tmp_path / "old").rmdir()                                                                # moved
+    assert "data='data'" in call("--out x --resume")[1] and "data='new'" in call("--out x --resume --data new")[1]
     assert call("--out x --resume --preset paper")[0] == 0
     for words, named in {"--steps 5": "steps was 99, now 5", "--preset quick": "preset was paper, now quick", "--dither": "dither"}.items():
         status, complaint = call(f"--out x --resume {words}")

@@ -429,7 +429,6 @@ def test_rows_read_and_added_as_wide_numbers(F, dtype):
     assert torch.equal(total, wanted)
 
 
-
 def test_hash_levels():
     assert MIXED == ((3, 7, 16, 40), (64, 512, 512, 512), (0, 64, 576, 1088, 1600), (True, True, False, False))
     ngp = hash_levels(16, 16, 4096, 19)
