@@ -1496,6 +1496,10 @@ def test_resume_of_a_finished_run_and_with_more_frames(tmp_path):
     assert (tmp_path / "a/stream.srf").read_bytes() == (tmp_path / "b/stream.srf").read_bytes()
     with pytest.raises(UserError, match="keep_colour was"):
         sr.train(small(tmp_path / "a", frames=3, steps=30, resume=True, keep_colour=0.7))
+    with pytest.raises(UserError, match="--frames 2.* has 3 frames already"):
+        sr.train(small(tmp_path / "a", frames=2, steps=30, resume=True))
+    assert (tmp_path / "a/stream.srf").read_bytes() == (tmp_path / "b/stream.srf").read_bytes()
+    assert json.loads((tmp_path / "a/args.json").read_text())["frames"] == 3
 
 
 # ------------------------------------------------------------------------------------------------------ playing
