@@ -944,7 +944,8 @@ def test_cli_resumes_with_the_flags_of_the_run(tmp_path):
     (tmp_path / "m.py").write_text(RESUMABLE.format(root=str(ROOT)))
 
     def call(words):
-        done = subprocess.run([sys.executable, "m.py", *words.split()], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "m.py", *words.split()], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "NERF_DATA": "data"})
         return done.returncode, done.stderr if done.returncode else done.stdout
     flags = "--rate 3e-5 --rates 0.1 -0.5 --names b a --none None --video --no-dither"
     status, first = call(f"--out x --preset paper {flags}")
