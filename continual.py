@@ -56,7 +56,7 @@ ones, 4 and 6 dB on the released split: not its shape but its colours, by the ta
 what joint training has, stored rays three quarters of it. In a stream, the rays of highest loss are worth most: 12 % of all rays are
 worth as much as all. Of the release's five findings four hold on both fields; draws weighted by loss do not beat plain ones.
 
-    python continual.py                       two tasks: naive 24.4 dB on the first one's held-out views, mixed and joint 30.7; 116 s
+    python continual.py                       two tasks: naive 24.4 dB on the first one's held-out views, mixed and joint 30.7; two minutes
     python continual.py --online highest      a stream of ten chunks: 30.5 dB, nothing stored 27.1, all stored 30.6
     python continual.py --preset paper        the released experiment; for a GPU; not run
 """
