@@ -122,10 +122,11 @@ def cli(presets: dict, main: Callable) -> None:
         if (getattr(given, "resume", False) or getattr(given, "eval_only", False)) and given.out is not None:
             path = Path(given.out) / "args.json"
             saved = _saved_args(path, {f.name for f in fields(given)})
-            was = saved.pop("preset", "quick")
-            if name not in (None, was) and saved:
-                raise UserError(f"{path}: of another run: preset was {was}, now {name}: give the same preset, or another --out")
-            given = read(_words_of(saved) + rest, was if saved else name or "quick")
+            if saved:
+                was = saved.pop("preset", "quick")
+                if name not in (None, was):
+                    raise UserError(f"{path}: of another run: preset was {was}, now {name}: give the same preset, or another --out")
+                given = read(_words_of(saved) + rest, was)
         return given
 
     def read(words, name):

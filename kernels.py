@@ -645,11 +645,11 @@ class _HashTorch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         (x, *kept), (M, F), (want_x, want_table, _) = ctx.saved_tensors, ctx.shape, ctx.needs_input_grad
-        xt, L = x.t().contiguous(), len(ctx.levels.sizes)
+        xt, each = x.t().contiguous(), len(kept) // len(ctx.levels.sizes)           # tensors kept of a level
         d_x = torch.zeros_like(xt) if want_x else None                              # (3, N)
         d_table = d_out.new_zeros(M, F) if want_table else None
         for level, res in enumerate(ctx.levels.resolutions):
-            rows, weights, *corners = kept[level * len(kept) // L:(level + 1) * len(kept) // L]
+            rows, weights, *corners = kept[level * each:(level + 1) * each]
             g = torch.stack(d_out[:, level * F:(level + 1) * F].unbind(1))              # (F, N)
             if want_table:
                 _add(d_table, rows.view(-1), (weights * g[:, None]).view(F, -1))

@@ -65,3 +65,38 @@ def close(a, b, **tolerance):
 def lines(path):
     """What a file holds whose lines are JSON."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def content(folder):
+    """Every file below a folder, with its bytes: equal before and after, nothing was harmed."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def words_of(flags):
+    """The command line that gives these flags (name -> value); None: not given."""
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if value is None or name == "preset":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={value}")
+    return words
+
+
+def write_llff(folder, n=9, H=12, W=16):
+    """A forward-facing scene in the LLFF layout: cameras on a line, all looking along -z of the world, pictures of smooth colours."""
+    import imageio.v3 as iio                              # after OMP_NUM_THREADS is set, which numpy's library reads too
+    import numpy as np
+    (folder / "images_4").mkdir(parents=True)
+    rows = []
+    for v in range(n):
+        y, x = np.mgrid[:H, :W]
+        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8))
+        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]], -1)
+        rows.append([*matrix.ravel(), 2.0, 50.0])
+    np.save(folder / "poses_bounds.npy", np.array(rows))

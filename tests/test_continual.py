@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import continual as cl  # noqa: E402
-from conftest import assert_refused, close, lines, real  # noqa: E402
+from conftest import assert_refused, close, content, lines, real, write_llff  # noqa: E402
 from continual import Args, Memory, Past, Task, choose, fisher, penalty, project, sector, smooth_order, tile_losses  # noqa: E402
 
 F64 = torch.float64
@@ -1098,16 +1098,7 @@ def same(a, b):
 
 
 def words_of(**flags):
-    words = []
-    for name, value in {**TINY, **flags}.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            words += [flag, *map(str, value)]
-        elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
+    return conftest.words_of({**TINY, **flags})
 
 
 def timeless(value):
@@ -1465,10 +1456,6 @@ def test_eval_only_renders_again(tmp_path):
 command = functools.partial(conftest.command, cl)
 
 
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_eval_only_of_an_unfinished_run_is_one_line(monkeypatch, capsys, tmp_path):
     kill_after(monkeypatch, 8, lambda: quick(tmp_path / "a"))
     before = content(tmp_path / "a")
@@ -1566,18 +1553,6 @@ def test_a_name_twice_in_compare_is_trained_once():
 def test_the_smallest_flags_work(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(cl, "check_not_empty", lambda *_: None)
     assert math.isfinite(quick(tmp_path / "a", compare=(), steps=2, chunk_steps=2, **flags)["psnr"])
-
-
-def write_llff(folder, n=9, H=12, W=16):
-    """Cameras on a line, all looking along -z of the world."""
-    (folder / "images_4").mkdir(parents=True)
-    rows = []
-    for v in range(n):
-        y, x = np.mgrid[:H, :W]
-        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8))
-        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]], -1)
-        rows.append([*matrix.ravel(), 2.0, 50.0])
-    np.save(folder / "poses_bounds.npy", np.array(rows))
 
 
 def test_a_forward_facing_scene_is_refused(monkeypatch, capsys, tmp_path):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import infonerf as inf  # noqa: E402
-from conftest import assert_refused, close, lines, real  # noqa: E402
+from conftest import assert_refused, close, content, lines, real, write_llff  # noqa: E402
 from infonerf import Args, divergence, entropy, opaque, ray_distribution  # noqa: E402
 
 F64 = torch.float64
@@ -733,17 +733,7 @@ def quick(tiny, out, **more):
 
 
 def words_of(**flags):
-    """The same as words of a command line."""
-    words = []
-    for name, value in {**TINY, **flags}.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            words += [flag, *map(str, value)] if value else []
-        elif value is not None:
-            words.append(f"{flag}={value}")
-    return words
+    return conftest.words_of({**TINY, **flags})
 
 
 def weights(out):
@@ -1105,18 +1095,6 @@ def test_evaluations_on_the_way_take_spread_test_views(tiny, tmp_path, monkeypat
     assert seen == [([0, 8, 17], None), (list(range(18)), tmp_path / "a")]                         # 22 less 4; at the end all, with their pictures
 
 
-def write_llff(folder, n=9, H=12, W=16):
-    """Cameras on a line, all looking along -z of the world, pictures of smooth colours."""
-    (folder / "images_4").mkdir(parents=True)
-    rows = []
-    for v in range(n):
-        y, x = np.mgrid[:H, :W]
-        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8))
-        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]], -1)
-        rows.append([*matrix.ravel(), 2.0, 50.0])
-    np.save(folder / "poses_bounds.npy", np.array(rows))
-
-
 @pytest.mark.parametrize("flags", [{}, dict(kl_weight=0.01, kl_near="auto"), dict(unseen_poses="dataset", importance=4, video=True)])
 def test_forward_facing_scene_runs(tmp_path, flags):
     write_llff(tmp_path / "line")
@@ -1229,10 +1207,6 @@ def test_rotation_about_the_middle_of_a_forward_facing_scene_is_refused(tmp_path
     words = ["--scene", tmp_path / "line", "--size", 16, "--steps", 2, "--kl-weight", 0.1, "--kl-near", "rotation", "--out", tmp_path / "a"]
     assert_refused(command(monkeypatch, capsys, *words), "--kl-near rotation", "--kl-near pixel")
     assert not (tmp_path / "a").exists()
-
-
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_run_is_not_harmed_by_another(tiny, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ import common  # noqa: E402
 import conftest  # noqa: E402
 import latent_scenes as ls  # noqa: E402
 from common import UserError  # noqa: E402
-from conftest import assert_refused, lines, real  # noqa: E402
+from conftest import assert_refused, content, lines, real  # noqa: E402
 from latent_scenes import Album, Args, Autoencoder, Model, Store, plan, schedule  # noqa: E402
 
 F64 = torch.float64
@@ -65,17 +65,7 @@ def args(**more):
 
 
 def words_of(given):
-    """A command line that gives these Args."""
-    words = []
-    for name, value in vars(given).items():
-        flag = name.replace("_", "-")
-        if value is None or name == "preset":
-            continue
-        if isinstance(value, bool):
-            words += [f"--{'' if value else 'no-'}{flag}"]
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return words
+    return conftest.words_of(vars(given))
 
 
 def model_of(planes="both", rgb=False, box=BOX, **more):
@@ -1346,10 +1336,6 @@ def test_wrong_flags_are_one_line(tmp_path, monkeypatch, capsys, words):
     base = [word for flag, value in base.items() if flag not in given for word in (flag, value)]
     assert_refused(command(monkeypatch, capsys, *base, *given), WRONG[words])
     assert not list(tmp_path.iterdir())
-
-
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_run_is_not_harmed_by_another(spied, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 Random draws are compared with what they should follow at a stated tolerance, from fixed seeds. Real data: NERF_DATA=... ; without it
 those tests say that they were skipped.
 """
-import hashlib
 import json
 import math
 import random
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import conftest  # noqa: E402
 import soft_mining as sm  # noqa: E402
-from conftest import assert_refused, close, lines, real  # noqa: E402
+from conftest import assert_refused, close, content, lines, real, write_llff  # noqa: E402
 from soft_mining import Args, MultinomialSampler, PixelTable, ReleasedWalkers, Walkers, edge_maps, grad_log_q, soft_weight  # noqa: E402
 
 F64 = torch.float64
@@ -1011,18 +1010,6 @@ def test_as_released_exponent(tiny, tmp_path, monkeypatch):
     assert found == pytest.approx([0, 0.001, 0.002, 0.599, 0.6, 0.601, 0.799, 0.8, 0.8])
 
 
-def write_llff(folder, n=9, H=12, W=16):
-    """Cameras on a line, all looking along -z of the world, pictures of smooth colours."""
-    (folder / "images_4").mkdir(parents=True)
-    rows = []
-    for v in range(n):
-        y, x = np.mgrid[:H, :W]
-        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8))
-        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]], -1)
-        rows.append([*matrix.ravel(), 2.0, 50.0])
-    np.save(folder / "poses_bounds.npy", np.array(rows))
-
-
 @pytest.mark.parametrize("flags", [{}, dict(as_released=True), dict(background="grey", truth_gradient=True), dict(video=True)])
 def test_forward_facing_scene_runs(tmp_path, flags):
     write_llff(tmp_path / "line")
@@ -1141,10 +1128,6 @@ def test_wrong_out_is_one_line(tiny, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "file").read_text() == "mine"
     assert_refused(command(monkeypatch, capsys, *base, tmp_path / "new", "--resume"), "ckpt.pt")
     assert_refused(command(monkeypatch, capsys, *base, tmp_path / "new", "--eval-only"), "ckpt.pt")
-
-
-def content(folder):
-    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_run_is_not_harmed_by_another(tiny, tmp_path, monkeypatch, capsys):

@@ -1456,14 +1456,7 @@ common.cli(s.PRESETS, s.train)
 
 
 def words_of(args):
-    """A command line that gives these Args."""
-    words = []
-    for name, value in vars(args).items():
-        flag = name.replace("_", "-")
-        if value is None or name == "preset":
-            continue
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return words
+    return conftest.words_of(vars(args))
 
 
 def test_killed_three_times_and_resumed_ends_bit_equal(tmp_path):
