@@ -123,11 +123,11 @@ def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitt
         scale = 1 / (high[axis] - low[axis]) * size
         place = (rays_d[:, axis] * scale)[:, None] * middle + ((rays_o[:, axis] - low[axis]) * scale)[:, None]
         cell = cell * size + place.int().clamp_(0, size - 1)
-    hit &= occupied.reshape(-1)[cell]
+    hit &= occupied.reshape(-1).index_select(0, cell.view(-1)).view_as(hit)
 
-    t_starts = t[hit]
-    ray_ids = hit.nonzero()[:, 0]
-    offsets = nnf.pad(hit.sum(1).cumsum(0), (1, 0))
+    t_starts, counts = t.masked_select(hit), hit.sum(1)
+    offsets = nnf.pad(counts.cumsum(0), (1, 0))
+    ray_ids = torch.repeat_interleave(counts, output_size=len(t_starts))
     return t_starts, t_starts + step, offsets, ray_ids
 
 
@@ -461,31 +461,33 @@ def hash_levels(levels, base, finest, log2_table):
 PRIMES = (1, 2654435761 - 2 ** 32, 805459861)           # as int32
 
 
-def _corners(x, res):
-    """x (3, N) -> both lattice coordinates (2, 3, N) int32 and both weights (2, 3, N) of each axis: [0] the lower corner, [1] the upper."""
-    place = x.clamp(0, 1) * res
-    cell = place.detach().int().clamp_(0, res - 1)
-    upper = place - cell
-    return torch.stack([cell, cell + 1]), torch.stack([1 - upper, upper])
+def _axes(x, levels):
+    """x (3, N) -> all levels' cells axis by axis: what the lower and the upper corner add to the row's number, (L, 3, 2, N) int32, and their
+    weights, (L, 3, 2, N)."""
+    res, size, _, dense = _layout(levels, x.device).view(-1, 4, 1, 1).unbind(1)     # each (L, 1, 1)
+    place = x.clamp(0, 1) * res                                                     # (L, 3, N)
+    cell = place.detach().int().clamp_(torch.zeros_like(res), res - 1)
+    upper, side = place - cell, res + 1
+    factor = torch.tensor(PRIMES, dtype=torch.int32, device=x.device)[:, None]      # (3, 1)
+    factor = torch.where(dense > 0, torch.cat([torch.ones_like(res), side, side * side], 1), factor)            # (L, 3, 1)
+    part = cell * factor
+    return torch.stack([part, part + factor], 2) & torch.where(dense > 0, -1, size - 1)[..., None], torch.stack([1 - upper, upper], 2)
 
 
-def _rows_weights(x, levels, level):
-    """x (3, N) -> rows (8, N) int32 of the corners in the whole table, weights (8, N). Bits 0, 1, 2 of the corner's number: x, y, z."""
-    res, size, first, dense = (part[level] for part in levels)
-    corner, weight = _corners(x, res)                                               # both (2, 3, N)
-    factor = torch.tensor((1, res + 1, (res + 1) ** 2) if dense else PRIMES, dtype=torch.int32, device=x.device)
-    cx, cy, cz = (corner * factor[:, None]).unbind(1)                               # each (2, N)
-    wx, wy, wz = weight.unbind(1)
+def _rows_weights(part, weight, dense):
+    """The axes of a level, (3, 2, N) each -> rows (8, N) int32 of the corners in its stretch of the table, weights (8, N). Bits 0, 1, 2 of the
+    corner's number: x, y, z."""
+    (cx, cy, cz), (wx, wy, wz) = part, weight                                       # each (2, N)
     cy, cz, wy, wz = cy[:, None], cz[:, None, None], wy[:, None], wz[:, None, None]
-    rows = cz + cy + cx if dense else (cz ^ cy ^ cx) & (size - 1)                   # (2, 2, 2, N), axes z, y, x
-    return (rows + first).view(8, -1), (wz * wy * wx).view(8, -1)
+    rows = cz + cy + cx if dense else cz ^ cy ^ cx                                  # (2, 2, 2, N), axes z, y, x; mod 2^T: so were the parts
+    return rows.view(8, -1), (wz * wy * wx).view(8, -1)
 
 
 def hash_encode_ref(x, table, levels):
     out = []
-    for level in range(len(levels.sizes)):
-        rows, weights = _rows_weights(x.t(), levels, level)
-        out.append((table[rows] * weights[:, :, None]).sum(0))                      # (8, N, F) -> (N, F)
+    for *axes, dense, first in zip(*_axes(x.t(), levels), levels.dense, levels.offsets):
+        rows, weights = _rows_weights(*axes, dense)
+        out.append((table[rows + first] * weights[:, :, None]).sum(0))              # (8, N, F) -> (N, F)
     return torch.cat(out, 1)
 
 
@@ -607,6 +609,11 @@ class _HashTriton(torch.autograd.Function):
         return d_x, d_table, None
 
 
+def _turn(matrix):
+    """matrix.t().contiguous() in a third of the time: PyTorch copies a 2-D transpose on one thread."""
+    return matrix.t()[None].contiguous()[0]
+
+
 def _take(table, rows):
     """table[rows], (M, F), (n,) -> (n, F), on a CPU. A row that is as wide as some kind of number is read as one, in half the time or less."""
     F = table.shape[1]
@@ -616,52 +623,48 @@ def _take(table, rows):
     return table.view(number)[:, 0].index_select(0, rows).view(table.dtype).view(-1, F)
 
 
-def _add(d_table, rows, values):
-    """d_table[rows] += values, (M, F), (n,), (F, n). One-dimensional index_add_ is a plain loop, always in the same order, where whole rows cost
-    a small tensor operation each; two features are added as one complex number."""
-    if len(values) % 2 == 0 and d_table.dtype in (torch.float32, torch.float64):
-        d_table, values = torch.view_as_complex(d_table.view(len(d_table), -1, 2)), torch.complex(values[::2], values[1::2])
-    for column, value in zip(d_table.unbind(1), values):
-        column.index_add_(0, rows, value)
-
-
 class _HashTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU: few passes over the corners. They are gathered row by row, then kept feature by feature, (F, 8, N),
-    so that each sum over corners is a plain loop along samples (the result is (L F, N) in memory), and the backward to x, where x wants
-    one, need not gather them again (32LF bytes a sample)."""
+    """backend="torch", made for the CPU, level by level so that a level's rows and temporaries stay in the L2 cache. Forward: embedding_bag, the
+    gather and the weighted sum in one pass; where x wants a gradient, the rows are gathered once more, while they are in the cache, and kept
+    (32LF bytes a sample). Backward: each feature is an array of its own, into which one thread adds in a fixed order."""
     @staticmethod
     def forward(ctx, x, table, levels):
-        xt, table, kept, out = x.t().contiguous(), table.contiguous(), [], []
-        for level in range(len(levels.sizes)):
-            rows, weights = _rows_weights(xt, levels, level)                            # (8, N)
-            corners = torch.stack(_take(table, rows.view(-1)).unbind(1)).view(table.shape[1], *rows.shape)
-            out.append((corners * weights).sum(1))                                  # (F, N)
-            kept += [rows, weights] + [corners] * ctx.needs_input_grad[0]
+        table, (parts, sides), kept, out = table.contiguous(), _axes(x.t().contiguous(), levels), [], []
+        for part, side, dense, first, size in zip(parts, sides, levels.dense, levels.offsets, levels.sizes):
+            (rows, weights), stretch = _rows_weights(part, side, dense), table[first:first + size]      # (8, N)
+            out.append(nnf.embedding_bag(_turn(rows), stretch, per_sample_weights=_turn(weights), mode="sum"))
+            kept += [rows, weights] + ([_turn(_take(stretch, rows.view(-1)))] if ctx.needs_input_grad[0] else [])
         ctx.levels, ctx.shape = levels, table.shape
-        ctx.save_for_backward(x, *kept)
-        return torch.cat(out).t()
+        ctx.save_for_backward(x, sides[:, :, 1], *kept)
+        return torch.cat(out, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        (x, *kept), (M, F), (want_x, want_table, _) = ctx.saved_tensors, ctx.shape, ctx.needs_input_grad
-        xt, each = x.t().contiguous(), len(kept) // len(ctx.levels.sizes)           # tensors kept of a level
-        d_x = torch.zeros_like(xt) if want_x else None                              # (3, N)
-        d_table = d_out.new_zeros(M, F) if want_table else None
-        for level, res in enumerate(ctx.levels.resolutions):
+        (x, upper, *kept), levels, (M, F), (want_x, want_table, _) = ctx.saved_tensors, ctx.levels, ctx.shape, ctx.needs_input_grad
+        N, L, each = len(x), len(levels.sizes), len(kept) // len(levels.sizes)      # each: tensors kept of a level
+        d_table = d_out.new_empty(M, F) if want_table else None
+        s = d_out.new_zeros(L, 8, N) if want_x else None                            # s_k = g . table[row_k]
+        for level, g in enumerate(_turn(d_out).view(L, F, 1, N)):
             rows, weights, *corners = kept[level * each:(level + 1) * each]
-            g = torch.stack(d_out[:, level * F:(level + 1) * F].unbind(1))              # (F, N)
+            first, last = levels.offsets[level:level + 2]
             if want_table:
-                _add(d_table, rows.view(-1), (weights * g[:, None]).view(F, -1))
-            if want_x:                                                              # s_k = g . table[row_k], then the cell's edges
-                s = (corners[0] * g[:, None]).sum(0).view(2, 2, 2, -1)                  # axes z, y, x, N
-                (x0, y0, z0), (x1, y1, z1) = _corners(xt, res)[1]
-                dx, sx = s[:, :, 1] - s[:, :, 0], s[:, :, 0] * x0 + s[:, :, 1] * x1         # x differentiated; x summed out: (2, 2, N)
-                dx, dy, sy = dx[:, 0] * y0 + dx[:, 1] * y1, sx[:, 1] - sx[:, 0], sx[:, 0] * y0 + sx[:, 1] * y1      # the same in y: (2, N)
-                d_x[0] += (dx[0] * z0 + dx[1] * z1) * res
-                d_x[1] += (dy[0] * z0 + dy[1] * z1) * res
-                d_x[2] += (sy[1] - sy[0]) * res
-        return None if d_x is None else (d_x * ((xt >= 0) & (xt <= 1))).t(), d_table, None
+                sums = g.new_zeros(F, last - first).scatter_add_(1, rows.view(-1).long().expand(F, -1), (weights * g).view(F, -1))
+                d_table[first:last] = _turn(sums)
+            if want_x:
+                for feature, g_of in zip(corners[0].view(F, 8, N), g):
+                    s[level].addcmul_(feature, g_of)
+        if not want_x:
+            return None, d_table, None
+        s, (ux, uy, uz) = s.view(L, 2, 2, 2, N), upper.unbind(1)                    # axes z, y, x of the corners; each (L, N)
+        s0, dx = s[:, :, :, 0], s[:, :, :, 1] - s[:, :, :, 0]                       # (L, 2, 2, N): s differentiated along x,
+        s0 = torch.addcmul(s0, dx, ux[:, None, None])                               # and interpolated; then both along y and z
+        dx = torch.lerp(dx[:, :, 0], dx[:, :, 1], uy[:, None])                      # (L, 2, N)
+        s0, dy = s0[:, :, 0], s0[:, :, 1] - s0[:, :, 0]
+        s0 = torch.addcmul(s0, dy, uy[:, None])
+        d_x = torch.stack([torch.lerp(dx[:, 0], dx[:, 1], uz), torch.lerp(dy[:, 0], dy[:, 1], uz), s0[:, 1] - s0[:, 0]])       # (3, L, N)
+        d_x = (d_x * _layout(levels, x.device)[:, :1]).sum(1).t()
+        return d_x * ((x >= 0) & (x <= 1)), d_table, None
 
 
 def hash_encode(x, table, levels, backend="auto"):
@@ -803,7 +806,7 @@ class _VoxelTorch(torch.autograd.Function):
     whole rows, which sorts them by row and adds in order: the same sum each time, and at F = 28 in half the time of index_add_."""
     @staticmethod
     def forward(ctx, x, links, values, mask):
-        rows, weights = (a.t().contiguous() for a in _voxel_corners(x, links))      # (N, 8)
+        rows, weights = (_turn(a) for a in _voxel_corners(x, links))                # (N, 8)
         ctx.save_for_backward(rows, weights, mask)
         ctx.shape = values.shape
         table = values.contiguous() if len(values) else values.new_zeros(1, values.shape[1])
@@ -965,7 +968,7 @@ class _TriplaneTorch(torch.autograd.Function):
         cells, weights = (a.flatten(-2) for a in _triplane_cells(x, H, W))          # (3, B N), (4, 3, B N)
         ctx.save_for_backward(cells, weights)
         ctx.shape = planes.shape
-        rows = cells.t().contiguous()[:, :, None] + torch.tensor(_corner_steps(W), device=x.device)
+        rows = _turn(cells)[:, :, None] + torch.tensor(_corner_steps(W), device=x.device)
         out = nnf.embedding_bag(rows.view(B * N, 12), nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3),
                                 per_sample_weights=weights.permute(2, 1, 0).reshape(B * N, 12), mode="sum")
         return out.view(B, N, F)

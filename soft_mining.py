@@ -453,8 +453,8 @@ def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor
     """
     t_starts, t_ends, offsets, ray = march(rays_o, rays_d, grid.occupied, grid.aabb, step, scene.near, scene.far, jitter)
     t = 0.5 * (t_starts + t_ends)                                                                   # (N,)
-    x = rays_o[ray] + t[:, None] * rays_d[ray]                                                      # (N, 3)
-    sigmas, rgbs = field(x, spherical_harmonics(rays_d)[ray])
+    o, d, sh = (a.index_select(0, ray) for a in (rays_o, rays_d, spherical_harmonics(rays_d)))      # (N, ...); faster backward than a[ray]
+    sigmas, rgbs = field(o + t[:, None] * d, sh)
     rgb, acc, depth, _ = composite(sigmas, rgbs, t_starts, t_ends, offsets)
     return {"rgb": rgb + (1 - acc[:, None]) * bg, "acc": acc, "depth": depth, "samples": len(t)}
 

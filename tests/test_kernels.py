@@ -412,21 +412,31 @@ MIXED = hash_levels(4, 3, 40, 9)                # two dense levels, two hashed
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("F", [1, 2, 3, 4, 6, 8])
-def test_rows_read_and_added_as_wide_numbers(F, dtype):
-    """The CPU's gather and scatter: what a row looks like as complex numbers must not matter, nor where in memory the table begins."""
+def test_rows_read_as_wide_numbers(F, dtype):
+    """The CPU's gather: what a row looks like as a complex number must not matter, nor where in memory the table begins."""
     random = torch.Generator().manual_seed(F)
     storage = torch.randn(1 + 9 * F + F, generator=random).to(dtype)
     rows = torch.tensor([3, 0, 8, 3, 3, 7], dtype=torch.int32)
     for start in (0, 1, F):
         table = storage[start:start + 9 * F].view(9, F)
         assert torch.equal(kernels._take(table, rows), table[rows.long()])
-    values = torch.randn(F, 6, generator=random).to(dtype)
-    total = table.clone()
-    wanted = table.clone()
-    for i, row in enumerate(rows.tolist()):                 # one by one, in order: the sums must be the same to the last bit
-        wanted[row] += values[:, i]
-    kernels._add(total, rows, values)
-    assert torch.equal(total, wanted)
+        assert torch.equal(kernels._turn(table), table.t()) and kernels._turn(table).is_contiguous()
+
+
+@pytest.mark.parametrize("F", [1, 2, 3, 4])
+def test_hash_sums_into_the_table_in_order(F):
+    """On the CPU each row of the table's gradient is summed corner by corner, sample by sample: the same last bits every time."""
+    x, table = torch.rand(40, 3), torch.randn(MIXED.offsets[-1], F)
+    g = torch.randn(40, 4 * F)
+    wanted = torch.zeros_like(table)
+    for level, (part, side) in enumerate(zip(*kernels._axes(x.t(), MIXED))):
+        rows, weights = kernels._rows_weights(part, side, MIXED.dense[level])
+        assert 0 <= rows.min() and rows.max() < MIXED.sizes[level]
+        for k in range(8):
+            for n in range(40):
+                wanted[rows[k, n] + MIXED.offsets[level]] += weights[k, n] * g[n, level * F:(level + 1) * F]
+    table.requires_grad_()
+    assert torch.equal(torch.autograd.grad(hash_encode(x, table, MIXED, "torch"), table, g)[0], wanted)
 
 
 def test_hash_levels():
