@@ -38,7 +38,7 @@ where rays are what costs. The pixel gradient adds nothing measurable here. Try 
 An honest clock. A mined ray hits the object more often than a uniform one, so at equal rays a step of Soft Mining costs more. With
 --batch samples every step renders equally many samples, whatever their rays; metrics.jsonl counts steps, rays, samples and seconds.
 
-    python soft_mining.py --scene lego                    31.2 dB over 25 test views at 100 px, 130 s of one core
+    python soft_mining.py --scene lego                    31.3 dB over 25 test views at 100 px, 125 s of one core
     python soft_mining.py --scene lego --preset paper     for a GPU; not run
 """
 from __future__ import annotations
