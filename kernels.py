@@ -62,7 +62,7 @@ POINTS = 128             # a program of hash_encode: this many positions, one le
 CELLS = 512              # a program of voxel_interp or triplane_interp: positions x features, at most POINTS positions; see _block_sizes
 
 
-# ---------------------------------------------------------------------------------------------------- shared by the public calls
+# -------------------------------------------------------------------------------------------------- shared by the operations
 def _backend(backend, offered, *tensors):
     """Which implementation runs; says in one line why Triton cannot."""
     if backend not in ("auto", "triton", *offered):
@@ -93,6 +93,11 @@ def _check(name, tensor, shape, like=None, dtype=None):
         raise ValueError(f"{name} has dtype {tensor.dtype}, wanted {dtype or 'a floating-point one'}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, the others on {like.device}")
+
+
+def _turn(matrix):
+    """matrix.t().contiguous() in a third of the time: PyTorch copies a 2-D transpose on one thread."""
+    return matrix.t()[None].contiguous()[0]
 
 
 # ====================================================================================================================== 1. march
@@ -607,11 +612,6 @@ class _HashTriton(torch.autograd.Function):
                 if N:
                     _hash_backward_x[triton.cdiv(N, POINTS),](x, table, layout, d_out, d_x, *ctx.sizes, enable_fp_fusion=True)
         return d_x, d_table, None
-
-
-def _turn(matrix):
-    """matrix.t().contiguous() in a third of the time: PyTorch copies a 2-D transpose on one thread."""
-    return matrix.t()[None].contiguous()[0]
 
 
 def _take(table, rows):
