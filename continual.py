@@ -72,9 +72,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (K_of, OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, check_finite, check_flags, check_not_empty, cli,
+from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, check_finite, check_flags, check_not_empty, cli,
                     colour_map, join_views, load_scene, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video,
-                    set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable)
+                    set_random_state, spherical_harmonics, evenly_spaced, ssim, camera_path, comparison_strip, tensorboard, to_device, write_json)
 from kernels import composite, hash_encode, hash_levels, march
 
 LEARNERS = ("naive", "distill", "ewc", "replay", "own-replay", "mixed", "joint")
@@ -560,7 +560,7 @@ def rays_of(views, id: Tensor) -> tuple[Tensor, Tensor]:
     H, W = views.images.shape[1:3]
     id = id.long()
     view, xy = id // (H * W), torch.stack([id % W, id // W % H], -1) + 0.5
-    return pixel_rays(xy, K_of(views, view), views.c2w[view])
+    return pixel_rays(xy, views.K[view], views.c2w[view])
 
 
 # ---------------------------------------------------------------------------------------------------------------- evaluate
@@ -577,7 +577,7 @@ def render_view(model: Model, views, v: int, scene: Scene, args: Args, chunk: in
 
 def some(ids: list[int], n: int) -> list[int]:
     """n of ids, evenly spaced (0: all)."""
-    return [ids[i] for i in spread(len(ids), n)] if 0 < n < len(ids) else ids
+    return [ids[i] for i in evenly_spaced(len(ids), n)] if 0 < n < len(ids) else ids
 
 
 def evaluate(model: Model, views, tasks: list[Task], scene: Scene, args: Args, most: int) -> dict:
@@ -829,11 +829,11 @@ def train(args: Args) -> dict:
         if t % args.eval_every and not last:
             continue
         # 3. all tasks, seen and held-out views: what is left of the old ones?
-        check_not_empty(acc, done)
+        check_not_empty(acc, done, "use a lower --lr, a longer --lr-warmup, or another --seed")
         scores = evaluate(model, views, tasks, scene, args, args.eval_views)
         mean = sum(scores["psnr_heldout"][:x + 1]) / (x + 1)                                        # over the tasks met so far
         ours = {"psnr": mean} if learner == main or learner == "first" and main != "joint" else {}  # the main learner's whole curve
-        run.log(step=row["steps"], total=done, learner=learner, task=x + 1, train_seconds=row["seconds"], loss=loss.item(), **ours,
+        run.write_line(step=row["steps"], total=done, learner=learner, task=x + 1, train_seconds=row["seconds"], loss=loss.item(), **ours,
                 **scores)
         if board:
             board.add_scalar(f"{learner}/psnr", mean, row["steps"])
@@ -847,7 +847,6 @@ def train(args: Args) -> dict:
             place = {"lesson": place["lesson"] + 1, "t": 0}
         run.save({"random": random_state(), "place": place, "seconds": clock.seconds, "results": results, "past": past.state_dict(),
                   "model": model.state_dict(), "optimiser": optimiser.state_dict()})
-    progress.close()
     return conclude(args, run, scene, tasks, views, model, past, results, clock.seconds)
 
 
@@ -924,7 +923,7 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
                    "backward_transfer_seen": backward_transfer(row["psnr_seen"])} for name, row in rows.items() if name != "first"}
     for i, v in enumerate(v for task in tasks for v in some(task.held_out, 2)):
         out = render_view(model, views, v, scene, args)
-        save_png(run.path / f"test_{i:03d}.png", strip(views.images[v], out["rgb"], out["depth"], scene.near, scene.far))
+        save_png(run.path / f"test_{i:03d}.png", comparison_strip(views.images[v], out["rgb"], out["depth"], scene.near, scene.far))
     save_png(run.path / "forgetting.png", album_picture(views, tasks, results["album"]))
     (run.path / "matrix.svg").write_text(draw_matrices(rows, tasks), encoding="utf-8")
     if past.memory is not None:
@@ -932,15 +931,15 @@ def conclude(args: Args, run: Run, scene: Scene, tasks: list[Task], views, model
     if args.online:
         save_video(run.path / "chunks.gif", bar_frames(rows), fps=2)
     if args.video:
-        path = turntable(scene, 120).to(args.device)                                                # (120, 3, 4)
-        film = replace(scene.test, c2w=path, K=K_of(scene.test, 0), images=scene.test.images[:1].expand(len(path), -1, -1, -1))
+        path = camera_path(scene.train.c2w, scene.ndc, 120).to(args.device)                         # (120, 3, 4)
+        film = replace(scene.test, c2w=path, K=scene.test.K[0], images=scene.test.images[:1].expand(len(path), -1, -1, -1))
         save_video(run.path / "render.mp4", [render_view(model, film, v, scene, args)["rgb"] for v in range(len(path))])
     row = rows[main]
     summary = dict(method="continual", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=row["steps"],
                    train_seconds=round(row["seconds"], 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), psnr=row["psnr"],
                    **{name: value for name, value in row.items() if name not in ("psnr", "seconds", "steps")},
                    learner=main, field=args.field, split="stream" if args.online else args.split, rows=rows)
-    run.summary(**summary)
+    write_json(run.path / "summary.json", summary)
     print(table(rows))
     print(f"{scene.name}, {main}: PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f} over the held-out views of {len(tasks)} tasks after "
           f"{row['seconds']:.1f} s of training ({seconds:.1f} s with what it is compared to); pictures in {run.path}")

@@ -55,9 +55,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (K_of, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli, colour_map,
-                    join_views, load_scene, ndc_rays, peak_memory_mb, pick_views, pixel_grid, pixel_rays, psnr, random_state, save_png,
-                    save_video, set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable)
+from common import (Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags,
+                    check_not_empty, cli, colour_map, join_views, load_scene, peak_memory_mb,
+                    pick_views, pixel_grid, pixel_rays, psnr, random_state, random_background,
+                    save_png, save_video, set_random_state, spherical_harmonics, evenly_spaced,
+                    ssim, camera_path, comparison_strip, tensorboard, to_device, to_ndc,
+                    write_json)
 from kernels import composite, hash_encode, hash_levels
 
 
@@ -329,7 +332,7 @@ def near_rays(rays_o: Tensor, rays_d: Tensor, degrees: float) -> tuple[Tensor, T
 def camera_rays(xy: Tensor, K: Tensor, c2w: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
     """Rays of pixels xy (R, 2) of cameras K (3, 3) or (R, 3, 3), c2w (R, 3, 4), in NDC where the scene is."""
     rays_o, rays_d = pixel_rays(xy, K, c2w)
-    return ndc_rays(rays_o, rays_d, K, *scene.train.images.shape[1:3]) if scene.ndc else (rays_o, rays_d)
+    return to_ndc(scene.train, rays_o, rays_d) if scene.ndc else (rays_o, rays_d)
 
 
 # -------------------------------------------------------------------------------------------------------------- the fields
@@ -477,7 +480,7 @@ def evaluate(fields, scene: Scene, args: Args, ids: list[int], pictures=None) ->
     scores: dict[str, list] = {}
     views = scene.test
     for v in ids:
-        truth, out = views.images[v], render_view(fields, views.c2w[v], K_of(views, v), scene, args)
+        truth, out = views.images[v], render_view(fields, views.c2w[v], views.K[v], scene, args)
         found = {"psnr": psnr(out["rgb"], truth), "ssim": ssim(out["rgb"], truth)}
         if views.mask is not None:
             m = views.mask[v, ..., None]
@@ -492,7 +495,7 @@ def evaluate(fields, scene: Scene, args: Args, ids: list[int], pictures=None) ->
         for name, value in found.items():
             scores.setdefault(name, []).append(value.reshape(-1))
         if pictures:
-            save_png(pictures / f"test_{v:03d}.png", strip(truth, out["rgb"], out["depth"], scene.near, scene.far))
+            save_png(pictures / f"test_{v:03d}.png", comparison_strip(truth, out["rgb"], out["depth"], scene.near, scene.far))
     return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
 
 
@@ -502,7 +505,7 @@ def ray_picture(fields, scene: Scene, args: Args) -> Tensor:
     is p, in 96 even intervals, relative to the column's largest, times acc. White: the true depth, if known.  -> (288, 3 W, 3)."""
     views, (H, W) = scene.test, scene.test.images.shape[1:3]
     xy = pixel_grid(H, W, views.c2w.device).view(H, W, 2)[H // 2]                                   # (W, 2)
-    rays = camera_rays(xy, K_of(views, 0), views.c2w[:1].expand(W, 3, 4), scene)
+    rays = camera_rays(xy, views.K[0], views.c2w[:1].expand(W, 3, 4), scene)
     t_in, t_out = box_interval(*rays, scene)
     near, far = float(t_in.min()), float(t_out.max())
     edges = torch.linspace(near, far, 97, device=xy.device).expand(W, 97)
@@ -541,7 +544,7 @@ def check_opacity(acc: Tensor, alpha: Optional[Tensor], step: int) -> None:
     back what is gone. A wall: fog of the pictures' colours, background included, right before the cameras.
     """
     if alpha is None:
-        return check_not_empty(acc, step)
+        return check_not_empty(acc, step, "use a lower --lr, a longer --lr-warmup, or another --seed")
     if alpha.sum() < 2.5:                                                                           # too few of the rays hit anything to say
         return
     if acc.mean() < 0.5 * alpha.mean():
@@ -578,7 +581,7 @@ def ray_terms(fields, scene: Scene, rest: Views, args: Args, seen: tuple, out: d
     batches = [(seen, out)] if args.entropy_rays != "unseen" else []
     if args.entropy_rays != "seen":
         camera = torch.randint(len(views.names), (n,), device=views.c2w.device)                     # any view's intrinsics
-        unseen = (draw_pixels(n, H, W, 1.0, views.c2w.device), K_of(views, camera), unseen_poses(scene, rest, n, args.unseen_poses))
+        unseen = (draw_pixels(n, H, W, 1.0, views.c2w.device), views.K[camera], unseen_poses(scene, rest, n, args.unseen_poses))
         batches.append((unseen, render(fields, *camera_rays(*unseen, scene), scene, scene.bg, args, perturb=True, colour=False)))
     Hs, kls = [], []
     for (xy, K, c2w), o in batches:
@@ -644,10 +647,9 @@ def train(args: Args) -> dict:
         x, y = xy.long().unbind(-1)
         truth, bg = views.images[view, y, x], scene.bg                                              # (N, 3)
         alpha = None if views.alpha is None else views.alpha[view, y, x]                            # (N,)
-        if args.train_background == "random" and alpha is not None:
-            bg = torch.rand_like(truth)
-            truth = truth + (1 - alpha[:, None]) * (bg - scene.bg)
-        pixels = xy, K_of(views, view), views.c2w[view]
+        if args.train_background == "random":
+            truth, bg = random_background(truth, alpha, scene.bg)
+        pixels = xy, views.K[view], views.c2w[view]
         out = render(fields, *camera_rays(*pixels, scene), scene, bg, args, perturb=True)
         mse = ((out["rgb"] - truth) ** 2).mean()
         loss = mse if out["coarse"] is None else mse + ((out["coarse"] - truth) ** 2).mean()
@@ -668,13 +670,12 @@ def train(args: Args) -> dict:
             fields.eval()
             check_opacity(out["acc"].detach(), alpha, step)
             n = tests if last else min(args.eval_views, tests)
-            scores = evaluate(fields, scene, args, spread(tests, n), pictures=run.path if last else None)
-            run.log(step=step, rays=step * args.rays, train_seconds=seconds, loss=loss.item(), mse=mse.item(), views=n, **scores)
+            scores = evaluate(fields, scene, args, evenly_spaced(tests, n), pictures=run.path if last else None)
+            run.write_line(step=step, rays=step * args.rays, train_seconds=seconds, loss=loss.item(), mse=mse.item(), views=n, **scores)
             for name, value in scores.items() if board else ():
                 board.add_scalar(name, value, step)
             run.save({"random": random_state(), "step": step, "seconds": seconds, "fields": fields.state_dict(),
                       "optimiser": optimiser.state_dict()})
-    progress.close()
     fields.eval()
     if scores is None:                                                                              # nothing was left to train
         scores = evaluate(fields, scene, args, range(tests), pictures=run.path)
@@ -685,15 +686,15 @@ def conclude(args: Args, run: Run, scene: Scene, fields, step: int, seconds: flo
     """Write the ray picture, the turntable and the summary. scores: of all test views."""
     save_png(run.path / "rays.png", ray_picture(fields, scene, args))
     if args.video:
-        K, frames = K_of(scene.train, 0), []
-        for c2w in turntable(scene, 120).to(args.device):
+        K, frames = scene.train.K[0], []
+        for c2w in camera_path(scene.train.c2w, scene.ndc, 120).to(args.device):
             out = render_view(fields, c2w, K, scene, args)
             frames.append(torch.cat([out["rgb"], colour_map(out["depth"], scene.near, scene.far)], 1))
         save_video(run.path / "render.mp4", frames)
     summary = dict(method="infonerf", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=step,
                    train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), **scores,
                    train_views=scene.train.names, test_views=len(scene.test.names), entropy_weight=args.entropy_weight, kl_weight=args.kl_weight)
-    run.summary(**summary)
+    write_json(run.path / "summary.json", summary)
     rest = "".join(f", {name} {scores[name]:.3f}" for name in scores if name not in ("psnr", "ssim"))
     print(f"{scene.name}, {len(scene.train.names)} views: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}{rest} over "
           f"{len(scene.test.names)} test views after {step} steps, {seconds:.1f} s of training; pictures in {run.path}")

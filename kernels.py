@@ -104,6 +104,12 @@ def _turn(matrix):
 # A ray o + t d meets the planes x = low_x and x = high_x at t = (low_x - o_x) / d_x and (high_x - o_x) / d_x; it is inside the box where it
 # is inside all three slabs: t_in = largest entry, t_out = smallest exit, cut to [near, far]. On the lattice t_k = t_in + (k + jitter) step,
 # the interval [t_k, t_k + step] is a sample when its middle lies before t_out and in an occupied cell of the grid.
+# A ray with a unit direction stays in the box for at most its diagonal, so it has at most diagonal / step + 2 points, whatever
+# `far` is. A shorter direction would have more, without limit: beyond twice the diagonal it is refused. A direction of 0 leads
+# nowhere: no samples.
+
+TOO_SHORT = "rays_d: a ray stays in the box for more than twice its diagonal: give unit directions"
+
 
 def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None):
     """All R x S lattice points at once, S the longest ray's count, then keep those that hit."""
@@ -116,7 +122,10 @@ def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitt
     enter = torch.where(parallel, -always, torch.minimum(first, second))
     leave = torch.where(parallel, always, torch.maximum(first, second))
     t_in, t_out = enter.amax(1).clamp(min=near), leave.amin(1).clamp(max=far)       # (R,)
-    length = torch.where((t_out > t_in) & (t_out < math.inf), t_out - t_in, 0.0)    # 0: missed, or no direction, or NaN
+    crosses = (t_out > t_in) & (t_out < math.inf) & ~parallel.all(1)                # not where NaN
+    length = torch.where(crosses, t_out - t_in, 0.0)                                # (R,)
+    if (length > 2 * (high - low).norm()).any():
+        raise ValueError(TOO_SHORT)
 
     steps = int(length.max() / step + 0.5) + 1 if len(rays_o) else 0
     k = torch.arange(steps, device=rays_o.device).to(rays_o.dtype)                  # (S,)
@@ -182,7 +191,12 @@ def _march_kernel(rays_o, rays_d, occupied, aabb, jitter, counts, offsets, t_sta
     t_in, t_out = _slab(oy, dy, y0, y1, t_in, t_out)
     t_in, t_out = _slab(oz, dz, z0, z1, t_in, t_out)
     number = ox + oy + oz + dx + dy + dz                                            # NaN where any is: minimum and maximum dropped it
-    length = tl.where(alive & (number == number) & (t_out > t_in) & (t_out < float("inf")), t_out - t_in, 0.0).to(dtype)
+    crosses = alive & (number == number) & (t_out > t_in) & (t_out < float("inf"))
+    crosses = crosses & ((dx != 0) | (dy != 0) | (dz != 0))
+    length = tl.where(crosses, t_out - t_in, 0.0).to(dtype)
+    diagonal = tl.sqrt((x1 - x0) * (x1 - x0) + (y1 - y0) * (y1 - y0) + (z1 - z0) * (z1 - z0))
+    too_short = length > 2 * diagonal
+    length = tl.where(too_short, 0.0, length).to(dtype)
     size = tl.full((RAYS,), step, dtype)
     ox, dx = _to_grid(ox, dx, x0, x1, X)
     oy, dy = _to_grid(oy, dy, y0, y1, Y)
@@ -207,7 +221,7 @@ def _march_kernel(rays_o, rays_d, occupied, aabb, jitter, counts, offsets, t_sta
         done += tl.sum(hit.to(tl.int32), 1)
         start += BLOCK
     if not WRITE:
-        tl.store(counts + r, done, alive)
+        tl.store(counts + r, tl.where(too_short, -(1 << 40), done.to(tl.int64)), alive)
 
 
 def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter):
@@ -225,6 +239,8 @@ def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter):
         launch(jitter, jitter, offsets, False)
     offsets = offsets.cumsum(0)
     N = int(offsets[-1])
+    if N < 0:                                                                       # a ray was marked
+        raise ValueError(TOO_SHORT)
     t_starts, t_ends = (torch.empty(N, dtype=dtype, device=device) for _ in range(2))
     ray_ids = torch.empty(N, dtype=torch.int64, device=device)
     if N:
@@ -235,15 +251,17 @@ def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter):
 def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None, backend="auto"):
     """Walk rays through an occupancy grid and emit packed samples.  No gradient.
 
-    rays_o, rays_d (R, 3) origins and unit directions, so that t is metric (a zero or NaN direction gives no samples); occupied (X, Y, Z) bool;
-    aabb (2, 3) lowest and highest corner of the grid; step, near, far in units of t; jitter (R,) in [0, 1) or None for 0 (evaluation).
+    rays_o, rays_d (R, 3) origins and unit directions, so that t is metric (a zero or NaN direction
+    gives no samples); occupied (X, Y, Z) bool; aabb (2, 3) lowest and highest corner of the grid;
+    step, near, far in units of t; jitter (R,) in [0, 1) or None for 0 (evaluation).
     Returns t_starts (N,), t_ends (N,) = t_starts + step, offsets (R+1,) int64, ray_ids (N,) int64.
     Example: a ray along +x from the left face of a box 1 wide, all occupied, step 0.4: middles 0.2, 0.6 -> t_starts 0, 0.4 (1.0 is not < 1).
     Bytes: 24 a ray in; out 16 a sample in float32 (two times, one int64); grid reads stay in cache (2 MB at 128^3), and both passes make them.
     Floor: L2, 12 ns for 1000 steps of the lattice, occupied or not, if each of both passes touches another sector (along z 32 cells share
     one); memory, 5 for 1000 samples at 20 a ray, with rays read and offsets read or written in both passes; arithmetic, 1 (some 30 flops a
     step).
-    Raises ValueError (shape, dtype, device, step), RuntimeError (Triton asked for where it cannot run). Source: Instant-NGP, appendix E.
+    Raises ValueError (shape, dtype, device, step, directions too short), RuntimeError (Triton asked
+    for where it cannot run). Source: Instant-NGP, appendix E.
     """
     _check("rays_o", rays_o, (None, 3))
     _check("rays_d", rays_d, (len(rays_o), 3), rays_o)

@@ -74,9 +74,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Family, Panel, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, draw_panels, load_family,
-                    load_tensors, orbit_poses, peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, ssim, strip,
-                    tensorboard, write_whole)
+from common import (Family, Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, draw_panels, load_family,
+                    load_tensors, orbit_poses, peak_memory_mb, pixel_grid, pixel_rays, psnr, save_png, save_video, ssim, comparison_strip,
+                    tensorboard, write_json, write_whole)
 from kernels import composite, triplane_interp
 
 
@@ -483,7 +483,7 @@ class Album:
             file, kept = self.folder / f"{i:06d}.npy", self.folder / f"{i:06d}.npz"
             if not kept.is_file():
                 train, test = self.family.read(i)
-                both = [torch.cat([v.K.expand(len(v.names), 3, 3) for v in (test, train)]), torch.cat([test.c2w, train.c2w])]
+                both = [torch.cat([test.K, train.K]), torch.cat([test.c2w, train.c2w])]
                 images = (torch.cat([test.images, train.images]) * 255).round().byte().numpy()
                 write_whole(file, lambda f: np.save(f, images))
                 write_whole(kept, lambda f: np.savez(f, K=both[0].numpy(), c2w=both[1].numpy(), test=len(test.names)))
@@ -701,7 +701,7 @@ FREE = {"data", "device", "out", "resume", "eval_only", "video", "tensorboard", 
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
-    check_flags(args, positive=("size", "scenes", "new_scenes", "rgb_scenes", "latent_channels", "resolution", "micro", "macro", "bases",
+    check_flags(replace(args, steps=args.steps or 1), positive=("size", "scenes", "new_scenes", "rgb_scenes", "latent_channels", "resolution", "micro", "macro", "bases",
                                 "hidden", "samples", "batch", "views", "visits_0", "visits_a", "visits_b", "visits_c", "visits_d",
                                 "visits_rgb", "rgb_rays", "lr", "lr_rgb", "lr_mlp", "lr_ae", "lr_finetune", "save_every"),
                 shares=("decay",), not_negative=("first", "fine", "lambda_latent", "lambda_ae", "tv", "eval_every"))
@@ -804,7 +804,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 def load_phase(file: Path, rows: Optional[Path]) -> dict:
     """What a finished phase left; UserError if it or its file of rows cannot be used."""
-    done = load_tensors(file, "phase", "model", "seconds", "steps")
+    done = load_tensors(file, "model", "seconds", "steps")
     if rows and not rows.is_file():
         raise UserError(f"{rows}: not found: {file.name} needs it: start afresh with another --out")
     return done
@@ -896,13 +896,11 @@ def run_phase(setup: Setup, number: int, phase: Phase, model: Model, store: Opti
         if run:
             progress(step, **{phase.name: total})
             if due or step % 100 == 0 or step == steps:
-                run.log(step=before["steps"] + step, phase=phase.name, visits=step * args.views / lines, loss=float(total),
+                run.write_line(step=before["steps"] + step, phase=phase.name, visits=step * args.views / lines, loss=float(total),
                         train_seconds=before["seconds"] + seconds, seconds_per_scene=seconds / len(scenes),
                         **{f"{tag}{name}": value for name, value in scores.items()})
         if step % args.save_every == 0 and step < steps:
             keep()
-    if run:
-        progress.close()
     if phase.row and not scores:                                        # cut after its last step
         scores = evaluate(model, store, setup.album, scenes, setup.device)
     return {"seconds": clock.seconds, "steps": steps, **({"scores": scores} if phase.row else {})}
@@ -1048,12 +1046,12 @@ def amortise(price: dict, N1: int, counts: list[int]) -> dict:
 
 def cost_curves(*tables: Optional[dict]) -> str:
     """SVG: bytes and seconds a scene against the number of scenes; tables of amortise, of the run's own row and of RGB planes."""
-    curve = lambda table, key: (np.array(list(table)), np.maximum([cell[key] for cell in table.values()], 1e-3))
+    curve = lambda table, key: [[(N, max(cell[key], 1e-3)) for N, cell in table.items()]]
     tables = {label: table for label, table in zip(("this run", "RGB tri-planes"), tables) if table}
     seconds = {label: curve(table, "seconds") for label, table in tables.items()}
     seconds |= {"stage 1 for nothing else": curve(tables["this run"], "seconds_overhead")}
-    return draw_panels([Panel("scenes", {label: curve(table, "bytes") for label, table in tables.items()}, "bytes a scene"),
-                        Panel("scenes", seconds, "seconds a scene")], log=True)
+    size = {label: curve(table, "bytes") for label, table in tables.items()}
+    return draw_panels({"bytes a scene against scenes": size, "seconds a scene against scenes": seconds}, log=True)
 
 
 def sheet(columns: list[Tensor], zoom: int) -> Tensor:
@@ -1090,7 +1088,7 @@ def draw(setup: Setup, phases: list[Phase], done: dict, models: dict) -> None:
             if p == main:
                 columns["latent"].append(mosaic(out["y"], family.size)[0].cpu())
                 depth = F.interpolate(out["depth"][None], size=(family.size, family.size), mode="nearest")[0, 0].cpu()
-                save_png(path / f"test_{i:03d}.png", strip(columns["truth"][-1], columns[p.name][-1], depth, family.near, family.far))
+                save_png(path / f"test_{i:03d}.png", comparison_strip(columns["truth"][-1], columns[p.name][-1], depth, family.near, family.far))
     save_png(path / "sheet.png", sheet([torch.stack(column) for column in columns.values()], zoom))
     K = album.scene(shown[0])["K"][:1]
     for p in last.values():
@@ -1133,7 +1131,7 @@ def conclude(setup: Setup, phases: list[Phase], done: dict) -> dict:
     if setup.run:
         draw(setup, phases, done, models)
         (setup.path / "costs.svg").write_text(cost_curves(amortised, extra.get("amortised_rgb")), encoding="utf-8")
-        setup.run.summary(**summary)
+        write_json(setup.path / "summary.json", summary)
         shutil.rmtree(album.folder, ignore_errors=True)
         print(table(rows))
         print(f"{album.family.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scenes[main.scenes])} unseen scenes "

@@ -1,51 +1,35 @@
-"""Soft Mining: train on the pixels that still have error (Kheradmand et al., CVPR 2024, arXiv 2312.00075).
+"""Soft Mining: train on the pixels that still have error (Kheradmand et al., CVPR 2024,
+arXiv 2312.00075).
 
-The idea in five lines. Most pixels of a picture are fitted early; rays through them are wasted. Draw pixels from a density Q that
-follows the present error instead, and divide a part of it, Q^alpha, back out of the loss: alpha = 0 is hard mining, alpha = 1 is
-importance sampling, in between is soft mining. To draw from Q without ever storing it, let every ray be a random walker on its image
-plane: it drifts up the gradient of log Q at its own pixel, which the ordinary backward pass leaves there for a little extra work, it
-diffuses, it dies where there is nothing left to learn, and it is born again where images have edges.
+Most pixels of an image are fitted early, and rays through them teach nothing more. Soft Mining
+draws pixels from a density proportional to their present error Q, and divides the loss of each by
+Q^alpha. The expected loss is then proportional to sum Q^(1 - alpha) err: with alpha = 0 difficult
+pixels count more (hard mining), with alpha = 1 all pixels count alike (importance sampling), and
+in between lies soft mining. No error map is kept to draw from. Every training ray is a random
+walker on its image instead, which follows the gradient of log Q at its own pixel, given by the
+ordinary backward pass, and adds noise: Langevin Monte Carlo (LMC).
 
-| paper                        | here                                                                                   |
-|------------------------------|----------------------------------------------------------------------------------------|
-| f(x), gt(x)                  | out["rgb"], truth                                                                      |
-| err(x) = |f - gt|_2^2        | e, mean over channels                                                                  |
-| Q(x) = |f - gt|_1            | q, mean over channels; weights and deaths use it, the drift its smooth twin sqrt(e)    |
-| alpha, a, b                  | --alpha, --drift, --noise                                                              |
-| x_n, N                       | view, xy; len(xy)                                                                      |
+    L = 1/R sum_r err(x_r) / sg(Q(x_r))^alpha                soft_weight, step 4 of train
+    x <- x + a grad log Q(x) + b eta,  eta ~ N(0, I)         Walkers.update, step 6 of train
+    the exponent grows linearly from 0 to alpha              soft_exponent
 
-    L = 1/N sum_n err(x_n) / sg(Q(x_n))^alpha          soft_weight; step 3 of train
-    x <- x + a grad log Q(x) + b eta, eta ~ N(0, I)    Walkers.update, grad_log_q; step 5 of train
-    alpha grows linearly in the first steps            --warmup; step 3 of train
+| paper                   | here                                                                 |
+|-------------------------|----------------------------------------------------------------------|
+| f(x), gt(x), x_n, N     | rgb, target, (view, xy), the number of rays R                        |
+| err(x) = |f - gt|_2^2   | squared_error, a mean over channels                                  |
+| Q(x) = |f - gt|_1       | abs_error, a mean over channels                                      |
+| alpha, b, a             | --alpha, --noise, a = beta b^2 / 2 with --beta (see Walkers)         |
+| sg                      | detach: no gradient passes                                           |
 
-Where the released code differs from this file (class ReleasedWalkers, --as-released, brings it back, bugs included):
-(1) Its drift is divided by N, and adds a gradient per pixel to a position in image sides: at 800 px and 4100 rays the walk is nearly
-    pure diffusion, of stationary density Q^0.06. Here it is Q^drift at every resolution and batch size.
-(2) Its noise is 0.02 of each side, so walks in wide images are faster sideways. Here it is a share of the longer side, both ways.
-(3) Its 10 % of uniform pixels are always those of the last 10 % of the images. Here they are spread over all.
-(4) Its edge maps are divided by the maximum of each pixel column. Here by the image's.
-(5) Its edges are those of pictures on black (it trains on white), with a zero border that counts as an edge. Here neither.
-(6) Its exponent climbs by 1/1000 a step whatever alpha is; deaths go by the weighted loss. Here alpha is reached after --warmup steps,
-    and deaths go by q.
-Both leave the ground truth's own gradient out of grad log Q; --truth-gradient puts it in. Ours, not the paper's: marching through an
-occupancy grid instead of a proposal network; no standardising of features inside the field; batches of equal sample count; a random
-colour behind each training ray (on white, light surfaces may stay half transparent: nobody sees it but the depth); --walkers global,
-whose walkers leave images that are fitted.
-
-What the ablations say (README): at equal samples a step, uniform pixels with the soft weight gain as much as all of this; the walkers pay
-where rays are what costs. The pixel gradient adds nothing measurable here. Try --weighting off, --no-pixel-gradient, --batch rays.
-
-An honest clock. A mined ray hits the object more often than a uniform one, so at equal rays a step of Soft Mining costs more. With
---batch samples every step renders equally many samples, whatever their rays; metrics.jsonl counts steps, rays, samples and seconds.
-
-    python soft_mining.py --scene lego                    31.3 dB over 25 test views at 100 px, 125 s of one core
-    python soft_mining.py --scene lego --preset paper     for a GPU; not run
+    python soft_mining.py --scene lego                       @LMC@
+    python soft_mining.py --scene lego --sampling uniform    @UNI@
+Test PSNR is what counts. The training PSNR of LMC is lower than that of uniform sampling, since it
+is that of difficult pixels. walkers.gif in the run folder shows which pixels are visited.
 """
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Optional
 
 import imageio.v3 as iio
@@ -53,167 +37,233 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (K_of, OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, Views, check_finite, check_flags, check_not_empty, cli,
-                    colour_map, load_scene, ndc_rays, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video,
-                    set_random_state, spherical_harmonics, spread, ssim, strip, tensorboard, to_device, turntable, view_rays)
-from kernels import composite, hash_encode, hash_levels, march
+from common import (OccupancySampler, ProposalSampler, Scene, SceneArgs, TrainingRun, Views,
+                    camera_path, camera_rays, check_colours, check_flags, cli, colour_map,
+                    comparison_strip, evenly_spaced, load_scene, psnr, random_background, require,
+                    save_png, save_video, spherical_harmonics, ssim, to_device, truncated_exp,
+                    view_rays)
+from kernels import composite, hash_encode, hash_levels
 
 
 @dataclass
-class Args:
-    scene: str = "lego"
-    """A scene's name under --data, a path, or the built-in `bricks`."""
-    data: str = os.environ.get("NERF_DATA", "data")
-    """Folder with nerf_synthetic/, nerf_llff_data/, dtu/ (default: $NERF_DATA, else `data`)."""
-    preset: Literal["quick", "paper"] = "quick"
-    """quick: 100 px, two minutes on two cores. paper: 800 px, 20 000 steps, for a GPU."""
-    out: Optional[str] = None
-    """Run folder (default: runs/soft_mining-SCENE-TIME)."""
-    seed: int = 0
-    """Seed of every random number."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu, cuda, cuda:1, ..."""
-    resume: bool = False
-    """Continue the run in --out from its last checkpoint."""
-    eval_only: bool = False
-    """Load the checkpoint in --out, evaluate it, draw the pictures, train nothing."""
-    video: bool = False
-    """Also write a turntable, render.mp4."""
-    tensorboard: bool = False
-    """Also log to TensorBoard (if it is installed)."""
-
-    size: int = 100
-    """Longer image side [pixels]."""
-    steps: int = 3000
-    """Optimiser steps."""
-    batch: Literal["rays", "samples"] = "samples"
-    """What every step has equally many of. `samples` adapts the number of rays, so that all steps cost the same."""
-    rays: int = 256
-    """Rays a step (N). With --batch samples: of the first step."""
-    samples: int = 8192
-    """Samples a step with --batch samples."""
-    pool: int = 8192
-    """Walkers kept with --batch samples, and the most rays a step; each step draws and moves some of them."""
-    background: Literal["white", "black", "grey"] = "white"
-    """What is behind the scene in the pictures."""
-    train_background: Literal["random", "scene"] = "random"
-    """Behind each training ray: a colour of its own, which pins the opacity (where pictures have alpha), or the scene's."""
-    train_split: Literal["train", "val", "trainval"] = "train"
-    """Blender split to train on."""
-
+class Args(SceneArgs):
     sampling: Literal["uniform", "edge", "multinomial", "lmc"] = "lmc"
-    """Where a step's pixels come from."""
+    """Where the pixels of a step come from: everywhere, edges, a stored error map, or walkers."""
     alpha: float = 0.6
-    """Exponent of the soft weight 1/Q^alpha: 0 hard mining, 1 importance sampling."""
+    """Exponent of the soft weight 1 / Q^alpha: 0 is hard mining, 1 is importance sampling."""
     warmup: int = 100
     """Steps in which the exponent grows linearly from 0 to alpha."""
     weighting: Literal["auto", "on", "off"] = "auto"
-    """Soft weights in the loss. auto: for every sampling but uniform."""
+    """Soft weight in the loss. auto: with every sampling but uniform."""
     clamp: bool = True
     """Clamp the weights of a batch to [0.2, mean + std]."""
-    drift: float = 4.0
-    """Langevin drift: the walkers' stationary density is Q^drift (1: Q itself, 0: plain diffusion)."""
-    noise: float = 0.05
-    """Langevin noise b: standard deviation of one move [longer image sides]."""
+    beta: float = 1.0
+    """Inverse temperature: the pure walk has the stationary density Q^beta (0: plain diffusion)."""
+    noise: float = 0.02
+    """b, standard deviation of one move [longer image sides]."""
     pixel_gradient: bool = True
-    """Walkers feel grad log Q (off: they only diffuse, die and are reborn)."""
-    truth_gradient: bool = False
-    """Include the spatial gradient of the ground truth in grad log Q (the authors leave it out)."""
+    """Walkers follow grad log Q (off: they only diffuse and are re-initialised)."""
     reinit: Literal["none", "uniform", "edge"] = "edge"
-    """Where a walker is reborn that left the image or found too little error."""
+    """Where walkers start again that left their image or found too little error (none: nowhere)."""
+    reinit_share: float = 0.3
+    """Share of the walkers of a step, those of least error, that are re-initialised."""
     uniform_share: float = 0.1
-    """Share of a step's pixels drawn uniformly, over all images (all samplings)."""
-    reborn_share: float = 0.1
-    """Share of a step's walkers, those of least error, that are reborn."""
-    walkers: Literal["per-image", "global"] = "per-image"
-    """per-image: each image keeps its walkers (paper). global: walkers are reborn in images in proportion to their error (ours)."""
-    refresh: int = 10
-    """Steps between two rebuilds of the multinomial sampler's table."""
+    """Share of the pixels of a step that is drawn uniformly (every sampling)."""
     as_released: bool = False
-    """The released code's sampler and constants to the letter, bugs included, with equal rays a step (list above)."""
+    """Walkers, alpha, clamp, batch and background of the released code, its errors included."""
+
+    ray_sampling: Literal["occupancy", "proposal"] = "occupancy"
+    """Where samples stand on a ray: in occupied cells, or where two networks expect density."""
+    march_steps: int = 192
+    """occupancy: samples along the diagonal of the scene's box, all cells being occupied."""
+    proposal_samples: tuple[int, int] = (32, 16)
+    """proposal: intervals a ray in the two proposal rounds."""
+    ray_samples: int = 16
+    """proposal: samples a ray that the field sees."""
+    batch: Literal["rays", "samples"] = "samples"
+    """What all steps have equally many of. samples: mined rays need more, so there are fewer."""
+    rays: int = 256
+    """Rays a step, R (with --batch samples: in the first step)."""
+    samples: int = 8192
+    """Samples a step with --batch samples."""
+    num_walkers: int = 8192
+    """Walkers kept with --batch samples, and the most rays a step."""
 
     levels: int = 8
-    """Hash grid levels (L)."""
+    """Hash grid levels, L."""
     features: int = 4
-    """Features a level (F)."""
+    """Features a level, F."""
     log2_table: int = 16
-    """Rows of a level's table, log2 (log2 T)."""
-    base: int = 16
-    """Cells a side of the coarsest level."""
+    """log2 of the rows of a level's table."""
     finest: int = 256
-    """Cells a side of the finest level."""
-    march_steps: int = 192
-    """Samples along the box's diagonal; sets the step of the ray marcher."""
-    grid: int = 48
-    """Occupancy grid cells a side."""
-    grid_decay: float = 0.8
-    """What is left of a cell's remembered density at each look (every 16 steps)."""
+    """Cells a side of the finest level (the coarsest has 16)."""
     lr: float = 2e-2
-    """Adam's learning rate; it ends at a tenth of this."""
-    lr_warmup: int = 100
-    """Steps in which it first grows linearly from 0 (at full rate the first ones can empty the field for good)."""
-    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-    """How it gets there (constant: it stays)."""
-    weight_decay: float = 1e-6
-    """L2 term in Adam's gradient."""
+    """Learning rate of Adam after a warm-up of 100 steps; it falls to a tenth along a cosine."""
     half: bool = False
-    """bfloat16 matrix products in the MLPs (GPU)."""
-    eval_every: int = 300
-    """Steps between two evaluations and checkpoints."""
-    eval_views: int = 5
-    """Test views in those evaluations (the last one takes all)."""
+    """Matrix products of the MLPs in bfloat16 (for GPUs)."""
 
 
 PRESETS = {
     "quick": Args(),
-    "paper": Args(preset="paper", size=800, steps=20_000, batch="rays", rays=4096, drift=1.0, noise=0.02, warmup=1000, lr=1e-2,
-                  levels=16, features=2, log2_table=19, finest=4096, march_steps=1024, grid=128, grid_decay=0.95, half=True,
-                  eval_every=1000, eval_views=25),
+    "paper": Args(preset="paper", size=800, steps=20_000, eval_every=1000, eval_views=25,
+                  ray_sampling="proposal", proposal_samples=(128, 96), ray_samples=64,
+                  batch="rays", rays=4096, reinit_share=0.1, warmup=1000, lr=1e-2, levels=16,
+                  features=2, log2_table=19, finest=4096, march_steps=1024, half=True),
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the soft weight
+# ---------------------------------------------------------------------------- the soft weight
 
-def soft_weight(q: Tensor, exponent: float, clamp: bool = True) -> Tensor:
-    """w_n = max(q_n, 2^-10)^-exponent, the density's share that the loss gives back.  q (N,) mean |rgb - gt| -> w (N,), no gradient.
+def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tensor:
+    """w_r = max(Q_r, 2^-10)^-exponent.  abs_error Q (R,) -> w (R,), no gradient (sg).
 
-    exponent 0: all ones, hard mining. exponent 1, pixels drawn in proportion to q: mean_n w_n e_n is, up to a constant, an unbiased
-    estimate of the mean of e over all pixels (of each image, where draws are tied to images). clamp: [0.2, mean(w) + std(w)] of this
-    batch, which takes the largest weights, those of pixels already fitted, away again (so even exponent 1 is then biased).
-    Source: paper, soft mining objective; released constants.
-    Pocket check: q = 1/4, exponent 1/2 -> w = 2.
+    Why Q is the absolute error: the gradient of err = d^2 with respect to the colour has the size
+    2 |d|, and sampling in proportion to it gives the estimate of least variance.
+    Why a weight: pixels drawn from Q count Q times too often. exponent 1 takes this back exactly:
+    E_Q[w err] = mean(err) / mean(Q), the uniform loss up to a factor, which Adam does not see.
+    exponent 0 takes nothing back. By itself, w err = |d|^(2 - exponent) lies between the squared
+    and the absolute error: uniform pixels with this weight gain, too (--weighting on).
+    clamp: a fitted pixel can have a weight 30 times that of its neighbours, and would decide the
+    direction of the step alone. So weights are clamped to [0.2, mean(w) + std(w)] of the batch (the
+    released code's rule; as Q <= 1, the lower bound never acts). Exponent 1 is then biased as well.
+    Example: Q = (1/4, 1/4, 1/4, 2^-10), exponent 1/2 -> w = (2, 2, 2, 32), clamped (2, 2, 2, 24.5).
     """
-    w = q.detach().clamp(min=2 ** -10) ** -exponent
-    return torch.minimum(w.clamp(min=0.2), w.mean() + w.std(correction=min(1, len(w) - 1))) if clamp else w
+    w = abs_error.detach().clamp(min=2 ** -10) ** -exponent
+    if not clamp:
+        return w
+    upper = w.mean() + w.std(correction=min(1, len(w) - 1))
+    return torch.minimum(w.clamp(min=0.2), upper)
 
 
-# ---------------------------------------------------------------------------------------------- where the pixels come from
-# A sampler has draw(n) -> (view (n,), xy (n, 2) pixel centres) and update(e, q, w, d_xy), which tells it what came of that draw:
-# e (n,) squared error, q (n,) absolute error, w (n,) weights, d_xy (n, 2) = d mean(w e) / d xy or None. They are modules only because
-# a module's buffers are saved in the checkpoint and follow it to the GPU.
+# -------------------------------------------------------------------------- Langevin walkers
+# A pixel sampler, a module (its buffers are saved in checkpoints and follow it to the GPU), has
+#     draw(n) -> view (n,), xy (n, 2)         images and pixel centres (x, y) of the next step
+#     update(squared_error, abs_error, weight, d_xy)     what came of that draw: (n,) each, and
+#                                             d_xy (n, 2) = d mean(weight squared_error) / d xy
 
-def edge_maps(images: Tensor) -> Tensor:
-    """Sobel magnitude of the grey image, divided by its maximum, in [1e-5, 1].  images (V, H, W, 3) -> (V, H, W)."""
-    grey = (images @ images.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]                          # (V, 1, H, W)
-    grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")                                              # no edge along the border
+def grad_log_q(squared_error: Tensor, weight: Tensor, d_xy: Tensor) -> Tensor:
+    """Gradient of log Q at each walker's pixel.  (R,), (R,), (R, 2) -> (R, 2) [1/pixel].
+
+    The loss is 1/R sum_s w_s err_s, and pixel r only enters err_r, with w_r constant. So
+    d_xy_r = w_r grad err_r / R, and dividing by w_r / R gives grad err_r, whatever R and w are.
+    Q = |d| has no gradient at d = 0, so its smooth form sqrt(err) stands for it:
+    grad log sqrt(err) = grad err / (2 err).
+    The target's own gradient is left out, as in the released code: err changes only through the
+    rendered colour. Adding it made no difference on lego (29.66 against 29.60 dB).
+    """
+    return len(weight) * d_xy / (2 * weight * squared_error).clamp(min=1e-12)[:, None]
+
+
+class Walkers(nn.Module):
+    """Langevin walkers on the images: x <- x + a grad log Q(x) + b eta, and re-initialisation.
+
+    Why a = beta b^2 / 2. Let p(x) be the density of many walkers. For small moves it obeys
+    dp/dt = -div(a p grad log Q) + b^2/2 lap(p) (Fokker-Planck). p = Q^k has the gradient
+    k p grad log Q, so the right side vanishes for k = 2a / b^2. Walkers that only walk therefore
+    visit Q^beta if a = beta b^2 / 2, at every resolution and batch size (a and b in pixels).
+    One drift is clipped to 2 b: the gradient of a logarithm has no bound where the error vanishes.
+
+    What the walkers really visit. At each step the reinit_share of least error, and those that
+    left their image, start again on an edge, where errors are found first; a uniform_share starts
+    anywhere, so that no pixel is forgotten. With the defaults this happens to four walkers of ten.
+    One lives for two or three moves, too few for the density above; edges decide where it is, and
+    walkers without error are replaced. The result is measured as visits ~ Q^k (visit_exponent):
+    k = 0.65 on lego. With a weight of Q^-0.6, every pixel counts nearly as in the uniform loss.
+    Example: 100 px, noise 0.02: b = 2 px; beta 1: a = 2 px^2. Where Q grows by a tenth a pixel,
+    the drift is 0.2 px a step against 2 px of noise. That is why --no-pixel-gradient changes so
+    little here: re-initialisation does the work.
+
+    num_walkers exist, at least one an image, each tied to its image. A step draws n of them, as n
+    changes with --batch samples, and moves those. A walker stands at a real position and trains
+    the pixel there. Buffers: view (P,), xy (P, 2).
+    """
+    def __init__(self, images: Tensor, args: Args, num_walkers: int):
+        super().__init__()
+        V, self.H, self.W, _ = images.shape
+        num_walkers = max(num_walkers, V)
+        self.args = args
+        self.noise = args.noise * max(self.H, self.W)                          # b in pixels
+        self.edges = PixelTable(edge_maps(images)) if args.reinit == "edge" else None
+        self.register_buffer("view", torch.arange(num_walkers, device=images.device) % V)
+        self.register_buffer("xy", uniform_pixels(num_walkers, self.H, self.W, images.device))
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        self.drawn = torch.randperm(len(self.xy), device=self.xy.device)[:n]
+        return self.view[self.drawn], self.xy[self.drawn].floor() + 0.5
+
+    def update(self, squared_error, abs_error, weight, d_xy: Optional[Tensor]) -> None:
+        args, n, device = self.args, len(abs_error), abs_error.device
+        view, xy = self.view[self.drawn], self.xy[self.drawn]
+        size = torch.tensor([self.W, self.H], device=device)
+        # Langevin move
+        if d_xy is not None:
+            drift = args.beta * self.noise ** 2 / 2 * grad_log_q(squared_error, weight, d_xy)
+            length = drift.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            xy = xy + drift * (2 * self.noise / length).clamp(max=1)
+        xy = xy + self.noise * torch.randn(n, 2, device=device)
+        # re-initialise those that left their image, and those of least error
+        starts = ((xy < 0) | (xy >= size)).any(1)
+        starts[abs_error.topk(int(args.reinit_share * n), largest=False).indices] = True
+        if args.reinit == "edge":
+            xy = torch.where(starts[:, None], self.edges.draw(view).to(xy), xy)
+        elif args.reinit == "uniform":
+            xy = torch.where(starts[:, None], uniform_pixels(n, self.H, self.W, device), xy)
+        else:                                                       # the image's border reflects
+            xy = size - (size - xy.abs()).abs()
+        # a share of uniform positions, so that every pixel is visited now and then
+        uniform = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
+        xy[uniform] = uniform_pixels(len(uniform), self.H, self.W, device)
+        self.xy[self.drawn] = torch.minimum(xy.clamp(min=0), size - 1e-3)      # size is outside
+
+
+def visit_exponent(visits: Tensor, abs_error: Tensor) -> float:
+    """The k for which visits ~ Q^k fits best, over pixels in ten groups of equal size by Q.
+
+    visits (n,) how often each pixel was drawn, abs_error Q (n,). Slope of the least-squares line
+    through (log mean Q, log mean visits) of the groups that were visited. 0 is uniform.
+    Example: visits of 1, 2, 4 where Q is 1, 4, 16 give k = 1/2.
+    """
+    order = abs_error.argsort()
+    groups = [(abs_error[ids].mean().clamp(min=2 ** -10), visits[ids].float().mean())
+              for ids in order.tensor_split(10)]
+    points = torch.tensor([(q.log(), v.log()) for q, v in groups if v > 0])    # (G, 2)
+    if len(points) == 0:
+        return 0.0
+    x, y = (points - points.mean(0)).unbind(1)
+    return float((x * y).sum() / (x * x).sum().clamp(min=1e-12))
+
+
+# --------------------------------------- baselines: pixels from a table, and the released code
+
+def edge_maps(images: Tensor, released: bool = False) -> Tensor:
+    """Sobel magnitude of the grey image over its maximum, in [1e-5, 1].
+    images (V, H, W, 3) -> (V, H, W).
+
+    Released code: the maximum is that of each pixel column, and the border counts as an edge.
+    """
+    grey = (images @ images.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]     # (V, 1, H, W)
+    grey = F.pad(grey, (1, 1, 1, 1), mode="constant" if released else "replicate")
     sobel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-    magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None]).norm(dim=1)                  # (V, H, W)
-    return (magnitude / (magnitude.amax((1, 2), keepdim=True) + 1e-7)).clamp(1e-5, 1.0)
+    magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None]).norm(dim=1)
+    largest = magnitude.amax(1 if released else (1, 2), keepdim=True)
+    return (magnitude / (largest + 1e-7)).clamp(1e-5, 1.0)
 
 
 class PixelTable:
-    """Draws pixels from a density over each image, by inverting its distribution function.  density (V, H, W) >= 0, any scale."""
+    """Draws pixels from a density (V, H, W) >= 0 over each image by inverting its distribution
+    function. Those of all images are one sorted array, in which that of image v runs from v to
+    v + 1, so that one searchsorted serves all images."""
     def __init__(self, density: Tensor):
         V, self.H, self.W = density.shape
         cdf = density.reshape(V, -1).double().cumsum(1)
         shift = torch.arange(V, device=density.device, dtype=torch.float64)[:, None]
-        self.cdf = (cdf / cdf[:, -1:] + shift).flatten()      # image v's function runs from v to v + 1: one sorted array for all images
+        self.cdf = (cdf / cdf[:, -1:] + shift).flatten()
 
     def draw(self, view: Tensor) -> Tensor:
-        """view (n,) -> xy (n, 2), centre of one pixel of each image."""
+        """view (n,) -> xy (n, 2), the centre of one pixel of each image."""
         u = view + torch.rand(len(view), dtype=torch.float64, device=view.device)
         pixel = torch.searchsorted(self.cdf, u, right=True) - view * (self.H * self.W)
-        pixel = pixel.clamp(0, self.H * self.W - 1)                                                 # u may round up to the end
+        pixel = pixel.clamp(0, self.H * self.W - 1)                # u may round up to the end
         return torch.stack([pixel % self.W, pixel // self.W], -1) + 0.5
 
 
@@ -222,419 +272,330 @@ def uniform_pixels(n: int, H: int, W: int, device) -> Tensor:
     return (torch.rand(n, 2, device=device) * torch.tensor([W, H], device=device)).floor() + 0.5
 
 
-class FixedSampler(nn.Module):
-    """uniform: every pixel of every image. edge: edge_maps, apart from the uniform share. Neither learns anything."""
-    def __init__(self, images: Tensor, args: Args):
-        super().__init__()
-        self.V, self.H, self.W, _ = images.shape
-        self.table = PixelTable(edge_maps(images)) if args.sampling == "edge" else None
-        self.uniform_share, self.device = args.uniform_share, images.device
+class TableSampler(nn.Module):
+    """Draws pixels from a density over each image, apart from a uniform share.
 
-    def draw(self, n: int):
-        view = torch.randint(self.V, (n,), device=self.device)
-        xy = uniform_pixels(n, self.H, self.W, self.device)
-        if self.table:
-            k = round((1 - self.uniform_share) * n)
-            xy[:k] = self.table.draw(view[:k]).to(xy)
-        return view, xy
-
-    def update(self, e, q, w, d_xy):
-        pass
-
-
-class MultinomialSampler(nn.Module):
-    """Draws from a stored error map: each pixel holds the |error| of the last time it was seen (until then the mean of all that were).
-
-    What the walkers approximate. It needs a number a pixel and a sum over all of them now and then (`refresh`), the walkers neither.
+    uniform: all pixels alike. edge: edge_maps. multinomial: a stored map of Q, where each pixel has
+    the abs_error of the last time that it was drawn (until then the mean of all drawn ones). The
+    walkers approximate this map, which needs a number a pixel and, every REFRESH steps, their sum.
     """
+    REFRESH = 10
+
     def __init__(self, images: Tensor, args: Args):
         super().__init__()
         self.V, self.H, self.W, _ = images.shape
-        self.args = args
-        self.register_buffer("error", torch.full(images.shape[:3], torch.nan, device=images.device))        # NaN: not seen yet
-        self.register_buffer("density", torch.ones(images.shape[:3], device=images.device))                 # what the table was built from
+        self.sampling = args.sampling
+        self.share = 1.0 if args.sampling == "uniform" else args.uniform_share
+        unknown = torch.full(images.shape[:3], torch.nan, device=images.device)
+        self.register_buffer("error", unknown)
+        self.register_buffer("density", torch.ones_like(unknown))
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+        if args.sampling == "edge":
+            self.density = edge_maps(images)
         self.table = PixelTable(self.density)
 
     def load_state_dict(self, state, *rest):
         super().load_state_dict(state, *rest)
         self.table = PixelTable(self.density)
 
-    def draw(self, n: int):
-        if self.draws > 0 and self.draws % self.args.refresh == 0:
-            self.density = torch.where(self.error.isnan(), self.error.nanmean(), self.error).clamp(min=2 ** -10)
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        if self.sampling == "multinomial" and self.draws > 0 and self.draws % self.REFRESH == 0:
+            error = torch.where(self.error.isnan(), self.error.nanmean(), self.error)
+            self.density = error.clamp(min=2 ** -10)
             self.table = PixelTable(self.density)
         self.draws += 1
-        budget = self.density.mean((1, 2)) if self.args.walkers == "global" else self.density.new_ones(self.V)
-        view = torch.multinomial(budget, n, replacement=True)
-        k = round((1 - self.args.uniform_share) * n)
-        xy = torch.cat([self.table.draw(view[:k]).float(), uniform_pixels(n - k, self.H, self.W, view.device)])
-        self.batch = view, xy
+        view = torch.randint(self.V, (n,), device=self.density.device)
+        xy = uniform_pixels(n, self.H, self.W, view.device)
+        k = round((1 - self.share) * n)
+        xy[:k] = self.table.draw(view[:k]).to(xy)
+        self.batch = view, xy.long()
         return view, xy
 
-    def update(self, e, q, w, d_xy):
-        view, xy = self.batch
-        x, y = xy.long().unbind(-1)
-        self.error[view, y, x] = q
-
-
-def grad_log_q(e: Tensor, w: Tensor, d_xy: Tensor) -> Tensor:
-    """Spatial gradient of log Q at each walker, from what the backward pass left there.  e, w (N,), d_xy (N, 2) -> (N, 2) [1/pixel].
-
-    The loss is 1/N sum_m w_m e_m with w constant, so d_xy_n = w_n grad e_n / N: divided by w_n / N it is grad e_n, whatever N and w.
-    For Q its root-mean-square form sqrt(e) is taken, of which L1 is the absolute twin: grad log sqrt(e) = grad e / (2 e). No gradient.
-    """
-    return len(e) * d_xy / (2 * w * e).clamp(min=1e-12)[:, None]                                    # a ray without error stays put
-
-
-class Walkers(nn.Module):
-    """Langevin walkers on the image planes (paper, LMC): x <- x + a grad log Q(x) + b eta, eta ~ N(0, I), with deaths and births.
-
-    Units that keep their meaning: b = --noise in longer image sides, and a = --drift b^2 / 2 with b in pixels, for which the walk's
-    stationary density is Q^drift at every resolution and batch size. One drift move is cut to 2 b: where an error vanishes, its
-    logarithm's gradient does not. A walker lives at a real position, trains the pixel that it stands in, and feels the gradient there.
-
-    count walkers exist (at least one an image); a step draws a random n of them and moves those.
-    Buffers: view (P,) each walker's image, xy (P, 2) its position [pixels], image_error (V,) running mean of q (for --walkers global).
-    """
-    def __init__(self, images: Tensor, args: Args, count: int):
-        super().__init__()
-        V, self.H, self.W, _ = images.shape
-        count = max(count, V)
-        self.args, self.b = args, args.noise * max(self.H, self.W)                                  # b in pixels
-        self.edges = PixelTable(edge_maps(images)) if args.reinit == "edge" else None
-        self.register_buffer("view", torch.arange(count, device=images.device) % V)                 # every image gets its share
-        self.register_buffer("xy", uniform_pixels(count, self.H, self.W, images.device))
-        self.register_buffer("image_error", torch.ones(V, device=images.device))
-
-    def draw(self, n: int):
-        self.drawn = torch.randperm(len(self.xy), device=self.xy.device)[:n]
-        return self.view[self.drawn], self.xy[self.drawn].floor() + 0.5
-
-    def update(self, e: Tensor, q: Tensor, w: Tensor, d_xy: Optional[Tensor]) -> None:
-        args, n, device = self.args, len(q), q.device
-        view, xy = self.view[self.drawn], self.xy[self.drawn]
-        # 1. Langevin step
-        if d_xy is not None:
-            a = args.drift * self.b ** 2 / 2
-            move = a * grad_log_q(e, w, d_xy)
-            xy = xy + move * (2 * self.b / move.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-        xy = xy + self.b * torch.randn(n, 2, device=device)
-        # 2. death: out of the image, or among those of least error
-        size = torch.tensor([self.W, self.H], device=device)
-        dead = ((xy < 0) | (xy >= size)).any(1)
-        dead[q.topk(int(args.reborn_share * n), largest=False).indices] = True
-        # 3. birth, in the same image, or in any in proportion to its running mean error
-        if args.walkers == "global":
-            seen = torch.zeros_like(self.image_error).index_add_(0, view, torch.ones_like(q))
-            mean = torch.zeros_like(self.image_error).index_add_(0, view, q) / seen.clamp(min=1)
-            self.image_error = torch.where(seen > 0, 0.9 * self.image_error + 0.1 * mean, self.image_error)
-            view = torch.where(dead, torch.multinomial(self.image_error, n, replacement=True), view)
-        if args.reinit == "edge":
-            xy = torch.where(dead[:, None], self.edges.draw(view).to(xy), xy)
-        elif args.reinit == "uniform":
-            xy = torch.where(dead[:, None], uniform_pixels(n, self.H, self.W, device), xy)
-        else:                                                                                       # nobody is reborn: borders reflect
-            xy = size - (size - xy.abs()).abs()
-        # 4. a share of uniform positions, over all images, so that no pixel is out of reach
-        some = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
-        xy[some] = uniform_pixels(len(some), self.H, self.W, device)
-        xy = torch.minimum(xy.clamp(min=0), size - 1e-3)                                            # size itself is outside
-        self.view[self.drawn], self.xy[self.drawn] = view, xy
+    def update(self, squared_error, abs_error, weight, d_xy) -> None:
+        view, (x, y) = self.batch[0], self.batch[1].unbind(-1)
+        self.error[view, y, x] = abs_error
 
 
 class ReleasedWalkers(nn.Module):
-    """The released code's sampler, letter by letter (--as-released): positions s = (row/(H-1), column/(W-1)), and bs = ceil(rays/V)
-    walkers tied to each image. Compare with Walkers above; the numbers are those of the list in the docstring."""
-    A, B, UNIFORM, REBORN = 20.0, 0.02, 0.1, 0.1
+    """The walkers of the released code, its errors included (--as-released).
+
+    Positions s = (row / (H-1), column / (W-1)); ceil(rays / V) walkers an image, all move at every
+    step. Where it differs from Walkers:
+    * The drift, A grad log err / R in pixels, is added to s, whose unit is the image's side. At
+      800 px, 4100 rays and b = 16 px it is 20 * 799 / 4100 = 3.9 px^2 grad log err, or 7.8 px^2
+      grad log Q, so beta = 2 * 7.8 / 16^2 = 0.06: the walk is nearly plain diffusion.
+    * The uniform share is always the last tenth of the walkers, those of the last images.
+    * Walkers are re-initialised by their weighted error, on edges of the image on black.
+    """
+    A, B, UNIFORM, REINIT = 20.0, 0.02, 0.1, 0.1
 
     def __init__(self, images: Tensor, black: Tensor, rays: int):
         super().__init__()
         V, self.H, self.W, _ = images.shape
-        bs = math.ceil(rays / V)
+        per_image = math.ceil(rays / V)
         self.last = torch.tensor([self.H - 1, self.W - 1], device=images.device)
-        self.edges = PixelTable(self.edge_maps(black))
-        self.register_buffer("view", torch.arange(bs * V, device=images.device) // bs)
-        self.register_buffer("s", self.to_s(uniform_pixels(bs * V, self.H, self.W, images.device)))
-
-    @staticmethod
-    def edge_maps(black: Tensor) -> Tensor:
-        grey = (black @ black.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]
-        sobel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
-        magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None], padding=1).norm(dim=1)   # zeros outside (5)
-        return (magnitude / (magnitude.amax(1, keepdim=True) + 1e-7)).clamp(1e-5, 1.0)              # maximum a column (4)
+        self.edges = PixelTable(edge_maps(black, released=True))
+        ids = torch.arange(per_image * V, device=images.device)
+        self.register_buffer("view", ids // per_image)
+        self.register_buffer("s", self.to_s(uniform_pixels(len(ids), self.H, self.W, ids.device)))
 
     def to_s(self, xy: Tensor) -> Tensor:
         return (xy - 0.5).flip(-1) / self.last
 
-    def draw(self, n: int):
-        return self.view, (self.s * self.last).round().flip(-1) + 0.5                               # all walkers, always
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        return self.view, (self.s * self.last).round().flip(-1) + 0.5
 
-    def update(self, e: Tensor, q: Tensor, w: Tensor, d_xy: Optional[Tensor]) -> None:
-        N, loss = len(e), w * e
+    def update(self, squared_error, abs_error, weight, d_xy: Optional[Tensor]) -> None:
+        N, loss = len(abs_error), weight * squared_error
         s = self.s + self.B * torch.randn_like(self.s)
-        if d_xy is not None:                          # (1/N) grad_pixel log e, added to positions in image sides (1, 2)
-            scale = 1024.0                            # of their loss; it matters only beside the epsilon
-            s = s + self.A * (scale * d_xy / (scale * loss + torch.finfo(loss.dtype).eps)[:, None]).flip(-1)
-        dead = ((s < 0) | (s > 1)).any(1) | (loss <= loss.kthvalue(int(self.REBORN * N) + 1).values)
+        if d_xy is not None:
+            eps = torch.finfo(loss.dtype).eps / 1024       # its loss has a factor of 1024
+            s = s + self.A * (d_xy / (loss + eps)[:, None]).flip(-1)
+        starts = ((s < 0) | (s > 1)).any(1)
+        starts |= loss <= loss.kthvalue(int(self.REINIT * N) + 1).values
         k = int(self.UNIFORM * N)
-        s[N - k:] = torch.rand(k, 2, device=s.device)                                               # always the last images' (3)
-        born = self.to_s(self.edges.draw(self.view).to(s))
-        self.s = torch.where(dead[:, None], born, s).clamp(0, 1)
+        s[N - k:] = torch.rand(k, 2, device=s.device)
+        edges = self.to_s(self.edges.draw(self.view).to(s))
+        self.s = torch.where(starts[:, None], edges, s).clamp(0, 1)
 
 
-def make_sampler(scene: Scene, args: Args) -> nn.Module:
-    views = scene.train
+def make_pixel_sampler(scene: Scene, args: Args) -> nn.Module:
+    images, alpha = scene.train.images, scene.train.alpha
     if args.as_released:
-        outside = 0 if views.alpha is None else (1 - views.alpha[..., None]) * scene.bg
-        return ReleasedWalkers(views.images, views.images - outside, args.rays)
-    if args.sampling == "lmc":
-        return Walkers(views.images, args, args.rays if args.batch == "rays" else max(args.pool, args.rays))
-    return (MultinomialSampler if args.sampling == "multinomial" else FixedSampler)(views.images, args)
+        outside = 0 if alpha is None else (1 - alpha[..., None]) * scene.bg
+        return ReleasedWalkers(images, images - outside, args.rays)
+    if args.sampling != "lmc":
+        return TableSampler(images, args)
+    return Walkers(images, args, args.rays if args.batch == "rays" else args.num_walkers)
 
 
-def truth_gradient(images: Tensor, view: Tensor, xy: Tensor) -> Tensor:
-    """Central differences of images (V, H, W, C) at pixels.  (n,), (n, 2) -> (n, C, 2) [1/pixel], last axis (x, y)."""
-    H, W = images.shape[1:3]
-    x, y = xy.long().unbind(-1)
-    x0, x1, y0, y1 = (x - 1).clamp(min=0), (x + 1).clamp(max=W - 1), (y - 1).clamp(min=0), (y + 1).clamp(max=H - 1)
-    d_x = (images[view, y, x1] - images[view, y, x0]) / (x1 - x0).clamp(min=1)[:, None]
-    d_y = (images[view, y1, x] - images[view, y0, x]) / (y1 - y0).clamp(min=1)[:, None]
-    return torch.stack([d_x, d_y], -1)
-
-
-# -------------------------------------------------------------------------------------------------------------- the field
-
-class _TruncatedExp(torch.autograd.Function):
-    """exp(x), whose gradient is cut at exp(15): one wild sample must not blow up the table (Instant-NGP)."""
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx, d_y):
-        return d_y * ctx.saved_tensors[0].clamp(max=15).exp()
-
+# ------------------------------------------------------------------------------------ the field
 
 class HashField(nn.Module):
-    """Instant-NGP's field: hash grid -> MLP 64 -> density and 15 features; these and the direction -> MLP 64, 64 -> colour."""
+    """Instant-NGP's field: hash grid -> MLP -> density and 15 features; these and the view
+    direction -> MLP -> colour. Released code: features and directions are standardised first."""
     def __init__(self, args: Args, aabb: Tensor):
         super().__init__()
-        self.levels = hash_levels(args.levels, args.base, args.finest, args.log2_table)
+        self.levels = hash_levels(args.levels, 16, args.finest, args.log2_table)
         self.half = args.half
-        self.register_buffer("aabb", aabb)                                                          # (2, 3)
-        self.table = nn.Parameter(torch.empty(self.levels.offsets[-1], args.features).uniform_(-1e-4, 1e-4))
-        self.geometry = nn.Sequential(nn.Linear(args.levels * args.features, 64), nn.ReLU(), nn.Linear(64, 16))
-        self.colour = nn.Sequential(nn.Linear(15 + 16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.register_buffer("aabb", aabb)                                     # (2, 3)
+        rows = self.levels.offsets[-1]
+        self.table = nn.Parameter(torch.empty(rows, args.features).uniform_(-1e-4, 1e-4))
+        self.geometry = nn.Sequential(nn.Linear(args.levels * args.features, 64), nn.ReLU(),
+                                      nn.Linear(64, 16))
+        self.colour = nn.Sequential(nn.Linear(15 + 16, 64), nn.ReLU(), nn.Linear(64, 64),
+                                    nn.ReLU(), nn.Linear(64, 3))
 
     def encode(self, x: Tensor) -> Tensor:
         """x (N, 3) in the world -> (N, 16): log density + 1, and what the colour depends on."""
-        u = (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0])                                      # (N, 3) in [0, 1]
+        u = (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0])                 # (N, 3) in [0, 1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             return self.geometry(hash_encode(u, self.table, self.levels))
 
     def density(self, x: Tensor) -> Tensor:
-        return _TruncatedExp.apply(self.encode(x)[:, 0].float() - 1)
+        return truncated_exp(self.encode(x)[:, 0].float() - 1)
 
     def forward(self, x: Tensor, sh: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, 3), sh (N, 16) spherical harmonics of the direction -> sigmas (N,) [1/length], rgbs (N, 3) in (0, 1)."""
+        """x (N, 3), sh (N, 16) spherical harmonics of the direction
+        -> sigmas (N,) [1/length], rgbs (N, 3) in (0, 1)."""
         h = self.encode(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             rgbs = self.colour(torch.cat([h[:, 1:], sh.to(h)], -1))
-        return _TruncatedExp.apply(h[:, 0].float() - 1), torch.sigmoid(rgbs.float())
+        return truncated_exp(h[:, 0].float() - 1), torch.sigmoid(rgbs.float())
 
 
-def render(field: HashField, grid: OccupancyGrid, rays_o: Tensor, rays_d: Tensor, scene: Scene, bg: Tensor, step: float,
+# ------------------------------------------------------------------------ rendering, evaluation
+
+def render(field: HashField, ray_sampler: nn.Module, rays_o: Tensor, rays_d: Tensor, bg: Tensor,
            jitter: Optional[Tensor] = None) -> dict:
-    """Rays (R, 3) -> rgb (R, 3) over the background bg (3,) or (R, 3), acc (R,), depth (R,), samples (their number N).
+    """Volume rendering (NeRF eq. 3) of rays (R, 3): with delta_i the length of interval i,
 
-    Differentiable in the field and, through the samples' positions and directions, in the rays; the distances t are constants.
+        T_i = exp(-sum_{j<i} sigma_j delta_j),    weights_i = T_i (1 - exp(-sigma_i delta_i)),
+        rgb = sum_i weights_i rgbs_i + (1 - opacity) bg,    opacity = sum_i weights_i.
+
+    bg (3,) or (R, 3) -> rgb (R, 3), opacity (R,), depth = sum_i weights_i t_i (R,); of the N
+    samples: weights (N,), rgbs (N, 3), and N. Differentiable in the field and, through positions
+    and directions of the samples, in the rays. No gradient passes through the distances t.
     """
-    t_starts, t_ends, offsets, ray = march(rays_o, rays_d, grid.occupied, grid.aabb, step, scene.near, scene.far, jitter)
-    t = 0.5 * (t_starts + t_ends)                                                                   # (N,)
-    o, d, sh = (a.index_select(0, ray) for a in (rays_o, rays_d, spherical_harmonics(rays_d)))      # (N, ...); faster backward than a[ray]
+    t_starts, t_ends, offsets, ray_indices = ray_sampler.sample(rays_o, rays_d, jitter)
+    t = 0.5 * (t_starts + t_ends)                                              # (N,)
+    o, d = rays_o.index_select(0, ray_indices), rays_d.index_select(0, ray_indices)
+    sh = spherical_harmonics(rays_d).index_select(0, ray_indices)              # (N, 16)
     sigmas, rgbs = field(o + t[:, None] * d, sh)
-    rgb, acc, depth, _ = composite(sigmas, rgbs, t_starts, t_ends, offsets)
-    return {"rgb": rgb + (1 - acc[:, None]) * bg, "acc": acc, "depth": depth, "samples": len(t)}
-
-
-def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
-    """Rays of pixels xy (N, 2) in pictures view (N,) -> rays_o, rays_d (N, 3); differentiable in xy."""
-    K = K_of(views, view)
-    rays_o, rays_d = pixel_rays(xy, K, views.c2w[view])
-    return ndc_rays(rays_o, rays_d, K, *views.images.shape[1:3]) if ndc else (rays_o, rays_d)
+    rgb, opacity, depth, weights = composite(sigmas, rgbs, t_starts, t_ends, offsets)
+    return {"rgb": rgb + (1 - opacity[:, None]) * bg, "opacity": opacity, "depth": depth,
+            "weights": weights, "rgbs": rgbs, "samples": len(t)}
 
 
 @torch.no_grad()
-def render_view(field, grid, views: Views, v: int, scene: Scene, step: float, chunk: int = 8192) -> dict:
-    """A whole picture: rgb (H, W, 3) in [0, 1], depth (H, W)."""
+def render_image(field, ray_sampler, scene: Scene, views: Views, v: int, chunk: int = 8192) -> dict:
+    """A whole image: rgb (H, W, 3) in [0, 1], depth and opacity (H, W)."""
     H, W = views.images.shape[1:3]
-    parts = [render(field, grid, o, d, scene, scene.bg, step) for o, d in zip(*(r.split(chunk) for r in view_rays(views, v, scene.ndc)))]
-    return {"rgb": torch.cat([p["rgb"] for p in parts]).clamp(0, 1).view(H, W, 3), "depth": torch.cat([p["depth"] for p in parts]).view(H, W)}
+    rays_o, rays_d = view_rays(views, v, scene.ndc)
+    parts = [render(field, ray_sampler, o, d, scene.bg)
+             for o, d in zip(rays_o.split(chunk), rays_d.split(chunk))]
+    out = {key: torch.cat([part[key] for part in parts]) for key in ("rgb", "depth", "opacity")}
+    out["rgb"].clamp_(0, 1)
+    return {key: value.unflatten(0, (H, W)) for key, value in out.items()}
 
 
-def evaluate(field, grid, scene: Scene, step: float, views: list[int], pictures=None) -> dict:
-    """Mean over test views of each view's PSNR [dB] and SSIM; pictures: folder for strips (truth | render | error | depth)."""
-    scores = []
-    for v in views:
-        truth, out = scene.test.images[v], render_view(field, grid, scene.test, v, scene, step)
-        scores.append([float(psnr(out["rgb"], truth)), float(ssim(out["rgb"], truth))])
+def evaluate(field, ray_sampler, scene: Scene, views: Optional[int], pictures=None) -> dict:
+    """Mean PSNR [dB], SSIM and opacity over `views` evenly spaced test images (None: all).
+    pictures: folder for one comparison strip an image (target | render | error | depth)."""
+    total, scores = len(scene.test.images), []
+    for v in evenly_spaced(total, min(views or total, total)):
+        target = scene.test.images[v]
+        out = render_image(field, ray_sampler, scene, scene.test, v)
+        scores.append([float(psnr(out["rgb"], target)), float(ssim(out["rgb"], target)),
+                       float(out["opacity"].mean())])
         if pictures:
-            save_png(pictures / f"test_{v:03d}.png", strip(truth, out["rgb"], out["depth"], scene.near, scene.far))
-    return dict(zip(("psnr", "ssim"), torch.tensor(scores).mean(0).tolist()))
+            strip = comparison_strip(target, out["rgb"], out["depth"], scene.near, scene.far)
+            save_png(pictures / f"test_{v:03d}.png", strip)
+    return dict(zip(("psnr", "ssim", "opacity"), torch.tensor(scores).mean(0).tolist()))
 
 
-def walker_picture(field, grid, scene: Scene, step: float, visits: Tensor) -> Tensor:
-    """Three training views, a row each: truth | render | its error, 0 to 0.25, with a white dot where a pixel was drawn since the last
-    picture.  visits (V, H, W) -> (3 H z, 3 W z, 3), enlarged by a whole z to at least 300 pixels."""
+def walker_picture(field, ray_sampler, scene: Scene, visits: Tensor) -> tuple[Tensor, float]:
+    """What was sampled since the last evaluation, and the exponent k of visits ~ Q^k.
+
+    visits (V, H, W) counts. Three training images, a row each: target | render | Q, 0 to 0.25, with
+    a white dot where a pixel was drawn. (3 H z, 3 W z, 3), enlarged by z to at least 300 px wide.
+    """
     V, H, W = visits.shape
-    rows = []
-    for v in spread(V, 3):
-        truth, out = scene.train.images[v], render_view(field, grid, scene.train, v, scene, step)["rgb"]
-        error = colour_map((out - truth).abs().mean(-1), 0, 0.25)
-        rows.append(torch.cat([truth, out, torch.where(visits[v][..., None], 1.0, error)], 1))
+    rows, errors, ids = [], [], evenly_spaced(V, min(V, 3))
+    for v in ids:
+        target = scene.train.images[v]
+        rgb = render_image(field, ray_sampler, scene, scene.train, v)["rgb"]
+        errors.append((rgb - target).abs().mean(-1))
+        dots = torch.where(visits[v, ..., None] > 0, 1.0, colour_map(errors[-1], 0, 0.25))
+        rows.append(torch.cat([target, rgb, dots], 1))
+    exponent = visit_exponent(visits[ids].flatten(), torch.stack(errors).flatten())
     z = math.ceil(300 / W)
-    return torch.cat(rows).repeat_interleave(z, 0).repeat_interleave(z, 1)
+    return torch.cat(rows).repeat_interleave(z, 0).repeat_interleave(z, 1), exponent
 
 
-# --------------------------------------------------------------------------------------------------------------- training
-
-# flags that may change between a run and its --resume or --eval-only (lr: the cure of a loss that is not finite)
-FREE = {"lr", "data", "device", "out", "resume", "eval_only", "video", "tensorboard"}
-
+# ------------------------------------------------------------------------------------- training
 
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
-    check_flags(args, positive=("steps", "rays", "samples", "pool", "levels", "features", "base", "finest", "march_steps", "grid", "eval_every",
-                                "eval_views", "refresh", "warmup", "lr_warmup", "lr"),
-                not_negative=("alpha", "drift", "noise", "weight_decay"), shares=("uniform_share", "reborn_share", "grid_decay"))
-    if not 1 <= args.log2_table <= 24 or args.finest < args.base:
-        raise UserError(f"--log2-table {args.log2_table} --base {args.base} --finest {args.finest}: wanted 1 to 24, and finest not below base")
-    if args.walkers == "global" and args.sampling == "lmc" and args.reinit == "none":
-        raise UserError("--walkers global moves walkers to other images at their rebirth: use it with --reinit edge or uniform")
-    if args.as_released and args.sampling != "lmc":
-        raise UserError(f"--as-released is a rule for walkers: it needs --sampling lmc, not {args.sampling}")
+    check_flags(args, positive=("rays", "samples", "num_walkers", "levels", "features", "finest",
+                                "march_steps", "ray_samples", "warmup", "lr"),
+                not_negative=("alpha", "beta", "noise"), shares=("uniform_share", "reinit_share"))
+    require(min(args.proposal_samples) > 0, "--proposal-samples must be greater than 0")
+    require(1 <= args.log2_table <= 24, f"--log2-table {args.log2_table}: wanted 1 to 24")
+    require(args.finest >= 16, f"--finest {args.finest}: the coarsest level has 16 cells a side")
+    require(args.sampling == "lmc" or not args.as_released,
+            f"--as-released is a rule for walkers: it needs --sampling lmc, not {args.sampling}")
 
 
-def anneal(progress: float, schedule: str) -> float:
-    """Factor on the learning rate, 1 at progress 0; 1/10 at progress 1 unless constant."""
-    return {"cosine": 0.55 + 0.45 * math.cos(math.pi * progress), "exponential": 0.1 ** progress, "constant": 1.0}[schedule]
+def learning_rate(args: Args, step: int) -> float:
+    """Linear warm-up over 100 steps (at the full rate, the first steps can empty the field for
+    good), times a cosine from 1 to 1/10."""
+    cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
+    return args.lr * min((step + 1) / 100, 1) * cosine
+
+
+def soft_exponent(args: Args, step: int) -> float:
+    """Exponent of the weight: linear from 0 to alpha in --warmup steps. At first the error is large
+    everywhere, and nothing has to be taken back. Released code: 1/1000 a step for any alpha."""
+    if args.weighting == "off" or args.weighting == "auto" and args.sampling == "uniform":
+        return 0.0                                                 # all weights are 1
+    if args.as_released:
+        return min(step / 1000, args.alpha)
+    return args.alpha * min(step / args.warmup, 1)
+
+
+def num_rays(args: Args, ray_sampler: nn.Module) -> int:
+    """Rays of the next step: a constant, or as many as have --samples samples."""
+    if args.batch == "rays":
+        return args.rays
+    rays = args.samples / float(ray_sampler.samples_per_ray)
+    return int(min(max(rays, 64), args.num_walkers))
+
+
+def make_ray_sampler(scene: Scene, args: Args) -> nn.Module:
+    if args.ray_sampling == "proposal":
+        return ProposalSampler(scene, args.proposal_samples, args.ray_samples, args.steps)
+    return OccupancySampler(scene, args.march_steps, args.samples / args.rays)
 
 
 def train(args: Args) -> dict:
     """Train, evaluate, write the run folder; -> what summary.json holds."""
     check(args)
     torch.manual_seed(args.seed)
-    scene = to_device(load_scene(args.scene, args.data, args.size, args.background, args.train_split), args.device)
-    if args.as_released:                                                                            # constants of the released code
-        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on", batch="rays", train_background="scene")
-    run = Run("soft_mining", scene.name, args.out, asdict(args), resume=args.resume, eval_only=args.eval_only)
-    board = tensorboard(run.path) if args.tensorboard else None
-    weighting = args.weighting == "on" or args.weighting == "auto" and args.sampling != "uniform"
-
-    images, tests = scene.train.images, len(scene.test.images)                                      # (V, H, W, 3)
-    random_bg = args.train_background == "random" and scene.train.alpha is not None
-    alpha = scene.train.alpha[..., None] if random_bg else None                                     # (V, H, W, 1)
+    scene = to_device(load_scene(args.scene, args.data, args.size, args.background,
+                                 args.train_split, normalise=args.normalise), args.device)
+    if args.as_released:                                           # constants of the released code
+        args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on",
+                       batch="rays", train_background="scene")
+    images, alpha = scene.train.images, scene.train.alpha          # (V, H, W, 3), (V, H, W) | None
     field = HashField(args, scene.aabb).to(args.device)
-    grid = OccupancyGrid(scene.aabb, args.grid, decay=args.grid_decay).to(args.device)
-    sampler = make_sampler(scene, args).to(args.device)
-    optimiser = torch.optim.Adam(field.parameters(), lr=args.lr, eps=1e-15, weight_decay=args.weight_decay, fused=True)
-    parts = {"field": field, "grid": grid, "sampler": sampler, "optimiser": optimiser}              # what a checkpoint holds
-    march_step = float((scene.aabb[1] - scene.aabb[0]).norm()) / args.march_steps                   # in world units
-    count = {"step": 0, "rays": 0, "samples": 0, "next_rays": args.rays}
-    clock = Stopwatch(args.device)
-    if run.resumed:
-        state = run.load({name: value for name, value in run.args.items() if name not in FREE})
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_state(state["random"])
-        count, clock = state["count"], Stopwatch(args.device, state["seconds"])
-    if args.resume:
-        run.rewind(count["step"])                                                                   # lines that will be written again
-    visits = torch.zeros(images.shape[:3], dtype=torch.bool, device=args.device)                    # pixels since the last picture
-    (run.path / "walkers").mkdir(exist_ok=True)
-    progress = Progress(args.steps, count["step"])
-    scores = None
+    ray_sampler = make_ray_sampler(scene, args).to(args.device)
+    pixels = make_pixel_sampler(scene, args).to(args.device)
+    parameters = [*field.parameters(), *ray_sampler.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=args.lr, eps=1e-15, weight_decay=1e-6, fused=True)
+    visits = torch.zeros(images.shape[:3], dtype=torch.int32, device=args.device)
+    run = TrainingRun("soft_mining", scene, args)
 
-    while count["step"] < args.steps and not args.eval_only:
-        t = count["step"]
-        clock.start()
+    def score(views, pictures):
+        if visits.any():                               # pixels drawn since the last evaluation
+            picture, exponent = walker_picture(field, ray_sampler, scene, visits)
+            run.counts["visit_exponent"] = exponent
+            (run.path / "walkers").mkdir(exist_ok=True)
+            save_png(run.path / "walkers" / f"{run.step:06d}.png", picture)
+            visits.zero_()
+        return evaluate(field, ray_sampler, scene, views, pictures)
+
+    parts = {"field": field, "ray_sampler": ray_sampler, "pixels": pixels, "optimiser": optimiser}
+    for step in run.loop(parts, score, empty="use a lower --lr, or another --seed"):
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * min((t + 1) / args.lr_warmup, 1) * anneal(t / args.steps, args.schedule)
-        if t % 16 == 0:
-            grid.update(field.density, march_step, warm=t < 256)
-        # 1. draw pixels from Q, and their rays; a ray follows its pixel differentiably
-        view, xy = sampler.draw(count["next_rays"])                                                 # (N,), (N, 2)
+            group["lr"] = learning_rate(args, step)
+        # 1. place the samples: refresh the occupancy grid, or anneal the proposals
+        ray_sampler.prepare(field, step)
+        # 2. draw pixels, look up their colours, and make their rays (differentiable in xy)
+        view, xy = pixels.draw(num_rays(args, ray_sampler))        # (R,), (R, 2)
         x, y = xy.long().unbind(-1)
-        truth, bg = images[view, y, x], scene.bg                                                    # (N, 3), a constant
-        if random_bg:                                                                               # in scene.bg's place
-            bg = torch.rand_like(truth)
-            truth = truth + (1 - alpha[view, y, x]) * (bg - scene.bg)
+        target, bg = images[view, y, x], scene.bg                  # (R, 3), a constant
+        if args.train_background == "random":
+            visible = None if alpha is None else alpha[view, y, x]
+            target, bg = random_background(target, visible, bg)
         xy.requires_grad_(args.sampling == "lmc" and args.pixel_gradient)
         rays_o, rays_d = camera_rays(scene.train, view, xy, scene.ndc)
-        # 2. render them
-        out = render(field, grid, rays_o, rays_d, scene, bg, march_step, jitter=torch.rand(len(xy), device=args.device))
-        # 3. the error, its density Q, the soft weight, the loss
-        difference = out["rgb"] - truth                                                             # (N, 3)
-        e, q = (difference ** 2).mean(-1), difference.detach().abs().mean(-1)                       # (N,)
-        exponent = min(t / 1000, args.alpha) if args.as_released else args.alpha * min(t / args.warmup, 1)
-        w = soft_weight(q, exponent, args.clamp) if weighting else torch.ones_like(q)
-        loss = (w * e).mean()
-        check_finite(loss, t)
-        # 4. the field takes a step
+        # 3. render
+        jitter = torch.rand(len(xy), device=args.device)
+        out = render(field, ray_sampler, rays_o, rays_d, bg, jitter)
+        # 4. error, density Q, soft weight, loss
+        difference = out["rgb"] - target                           # (R, 3)
+        squared_error = (difference ** 2).mean(-1)                 # err (R,)
+        abs_error = difference.detach().abs().mean(-1)             # Q (R,)
+        weight = soft_weight(abs_error, soft_exponent(args, step), args.clamp)
+        loss = (weight * squared_error).mean()
+        # 5. optimise the field, and the proposal networks (whose loss does not reach xy)
         optimiser.zero_grad()
-        loss.backward()
+        (loss + ray_sampler.loss(out["weights"])).backward()
+        run.log(loss=loss, psnr=-10 * squared_error.mean().log10(), opacity=out["opacity"].mean())
         optimiser.step()
-        # 5. the walkers move, by the gradient that the backward pass left at their pixels
-        d_xy = xy.grad
-        if d_xy is not None and args.truth_gradient:
-            d_rgb = 2 * w[:, None] * difference.detach() / difference.numel()                       # dL/drgb
-            d_truth = truth_gradient(images, view, xy.detach())                                     # (N, 3, 2)
-            if random_bg:
-                d_truth = d_truth - (bg - scene.bg)[:, :, None] * truth_gradient(alpha, view, xy.detach())
-            d_xy = d_xy - (d_rgb[:, :, None] * d_truth).sum(1)
-        sampler.update(e.detach(), q, w, d_xy)
-        # 6. the books, and the size of the next batch: half way to equal cost
-        count = {"step": t + 1, "rays": count["rays"] + len(xy), "samples": count["samples"] + out["samples"], "next_rays": len(xy)}
-        if args.batch == "samples":
-            count["next_rays"] = int(min(max(len(xy) * (args.samples / max(out["samples"], 1)) ** 0.5, 64), args.pool))
-        seconds = clock.stop()
-
-        visits[view, y, x] = True
-        progress(t + 1, loss=loss, psnr=-10 * e.mean().log10(), rays_per_second=count["rays"] / seconds)
-        last = t + 1 == args.steps
-        if (t + 1) % args.eval_every == 0 or last:
-            check_not_empty(out["acc"], t + 1)
-            n = tests if last else min(args.eval_views, tests)
-            scores = evaluate(field, grid, scene, march_step, spread(tests, n), pictures=run.path if last else None)
-            run.log(step=t + 1, rays=count["rays"], samples=count["samples"], train_seconds=seconds, loss=loss.item(), views=n, **scores)
-            for name, value in scores.items() if board else ():
-                board.add_scalar(name, value, t + 1)
-            save_png(run.path / "walkers" / f"{t + 1:06d}.png", walker_picture(field, grid, scene, march_step, visits))
-            visits.zero_()
-            run.save({"random": random_state(), "count": count, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}})
-    progress.close()
-    if scores is None:                                                                              # nothing was left to train
-        scores = evaluate(field, grid, scene, march_step, range(tests), pictures=run.path)
-    return conclude(args, run, scene, field, grid, march_step, count, clock.seconds, scores)
-
-
-def conclude(args: Args, run: Run, scene: Scene, field, grid, march_step: float, count: dict, seconds: float, scores: dict) -> dict:
-    """Write the film, the turntable and the summary. scores: of all test views."""
-    frames = [torch.from_numpy(iio.imread(file)) / 255 for file in sorted((run.path / "walkers").glob("*.png"))]
-    save_video(run.path / "walkers.gif", frames, fps=4)
-    if args.video:
-        path = turntable(scene, 120)                                                                # (120, 3, 4)
-        views = replace(scene.test, c2w=path.to(args.device), images=scene.test.images[:1].expand(len(path), -1, -1, -1))
-        save_video(run.path / "render.mp4", [render_view(field, grid, views, v, scene, march_step)["rgb"] for v in range(len(path))])
-    summary = dict(method="soft_mining", scene=scene.name, data=scene.kind, size=args.size, seed=args.seed, steps=count["step"],
-                   train_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(args.device), 1), **scores,
-                   sampling=args.sampling, rays=count["rays"], samples=count["samples"])
-    run.summary(**summary)
-    print(f"{scene.name}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(scene.test.images)} test views after "
-          f"{count['step']} steps, {seconds:.1f} s of training; pictures in {run.path}")
+        # 6. move the walkers along the gradient that the backward pass left at their pixels
+        pixels.update(squared_error.detach(), abs_error, weight, xy.grad)
+        visits.index_put_((view, y, x), torch.ones_like(x, dtype=torch.int32), accumulate=True)
+        run.count(rays=len(xy), samples=out["samples"])
+        if step + 1 == args.steps:
+            check_colours(out["rgbs"], out["weights"], target)
+    summary = run.finish(sampling=args.sampling, **run.counts)
+    write_films(args, run, scene, field, ray_sampler)
     return summary
+
+
+def write_films(args: Args, run: TrainingRun, scene: Scene, field, ray_sampler) -> None:
+    """walkers.gif from the pictures of all evaluations; with --video a camera path, render.mp4."""
+    files = sorted((run.path / "walkers").glob("*.png"))
+    pictures = [torch.from_numpy(iio.imread(file)) / 255 for file in files]
+    save_video(run.path / "walkers.gif", pictures, fps=4)
+    if args.video:
+        path = camera_path(scene.train.c2w, scene.ndc, 120).to(args.device)    # (120, 3, 4)
+        views = replace(scene.test, c2w=path, K=scene.test.K[:1].expand(120, 3, 3),
+                        images=scene.test.images[:1].expand(120, -1, -1, -1))
+        frames = [render_image(field, ray_sampler, scene, views, v)["rgb"] for v in range(120)]
+        save_video(run.path / "render.mp4", frames)
 
 
 if __name__ == "__main__":

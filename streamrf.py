@@ -64,9 +64,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, free_path, load_video, ndc_rays,
+from common import (Progress, Run, Stopwatch, UserError, check_finite, check_flags, cli, camera_path, load_video, ndc_rays,
                     peak_memory_mb, pixel_grid, pixel_rays, psnr, random_state, save_png, save_video, set_random_state, spherical_harmonics,
-                    spread, ssim, stage_masks, tensorboard, to_device)
+                    evenly_spaced, ssim, stage_masks, tensorboard, to_device, write_json)
 from kernels import composite, march, voxel_interp
 
 
@@ -985,7 +985,7 @@ def score(grid: Grid, video, t: int, views, args, pictures=None, allowed: Option
 
 def play(args: Args) -> dict:
     """Decode a stream and film it: render.mp4; with --score or --eval-only PSNR and SSIM, too.  -> what summary.json holds."""
-    path = args.play or args.stream or Path(args.out) / "stream.srf"
+    path = args.play or args.stream or Path(args.out or "--out DIR") / "stream.srf"
     reader = StreamReader(path)
     if args.seek >= len(reader):
         raise UserError(f"--seek {args.seek}: {path} has frames 0 to {len(reader) - 1}")
@@ -997,7 +997,7 @@ def play(args: Args) -> dict:
             raise UserError(f"{path}: {where.held_out} cameras of {where.W}x{where.H} px are held out, in {args.scene} {len(video.test)} "
                             f"of {video.W}x{video.H}: give the --scene that it was made with")
     run = Run("streamrf", Path(path).stem if args.play else args.scene, args.out, asdict(args), eval_only=args.eval_only)
-    flight = free_path(where.c2w, where.ndc, len(shown)).to(args.device)
+    flight = camera_path(where.c2w, where.ndc, len(shown)).to(args.device)
     flight = replace(where, c2w=flight, K=where.K[:1].expand(len(shown), 3, 3))
     films, scores, seconds, frames = [], [], 0.0, reader.frames(args.seek)
     for t in shown:
@@ -1019,7 +1019,7 @@ def play(args: Args) -> dict:
           f"with decoding, {summary['mb_per_frame']:.3f} MB a frame"
           + (f", PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}" if scores else "") + f"; in {run.path}")
     if args.play:
-        run.summary(**summary)
+        write_json(run.path / "summary.json", summary)
     return summary
 
 
@@ -1117,19 +1117,18 @@ def train(args: Args) -> dict:
         A, Q = (torch.zeros_like(active(full)) if last is None else active(last)), active(full)
         M = M if M is not None else torch.ones_like(Q)
         stored = torch.ones_like(A[Q]) if kind == KEY else ~A[Q] | keep
-        scores = score(full, video, t, views, args, run.path / f"test_{t:03d}.png" if t in spread(video.frames, 12) else None, M, stored)
+        scores = score(full, video, t, views, args, run.path / f"test_{t:03d}.png" if t in evenly_spaced(video.frames, 12) else None, M, stored)
         share = lambda mask, of: float(mask.sum() / of.sum())
         info = dict(scores, seconds=seconds, rays=used, bytes=size, voxels=int(Q.sum()), key=kind == KEY,
                     trainable=share(M & (A | Q), A | Q), kept=float(stored.float().mean()), added=share(Q & ~A, Q),
                     removed=share(A & ~Q, A | Q))
         per_frame.append(info)
-        run.log(step=t, train_seconds=clock.seconds, **info)
+        run.write_line(step=t, train_seconds=clock.seconds, **info)
         for name in ("psnr", "bytes", "seconds") if board else ():
             board.add_scalar(name, info[name], t)
         progress(t + 1, psnr=scores["psnr"], seconds=seconds, kilobytes=size / 1000)
         run.save({"random": random_state(), "per_frame": per_frame, "seconds": clock.seconds, "recent": recent.cpu(),
                   **{name: None if g is None else [g.links.cpu(), g.values.cpu()] for name, g in (("full", full), ("pilot", pilot))}})
-    progress.close()
     writer.close()
     return conclude(args, run, video, clock.seconds, per_frame)
 
@@ -1152,7 +1151,7 @@ def conclude(args: Args, run: Run, video, seconds: float, per_frame: list[dict])
                    bytes_full_frame_fp16=mean("voxels") * columns * 2 + math.prod(args.lattice) / 8,
                    bytes_dense_fp32=math.prod(args.lattice) * columns * 4, trainable=mean("trainable", later), kept=mean("kept", later),
                    added=mean("added", later), frames=len(per_frame), per_frame=per_frame)
-    run.summary(**summary)
+    write_json(run.path / "summary.json", summary)
     each = f", later ones {summary['seconds_per_frame']:.2f} s and {summary['bytes_per_frame'] / 1000:.1f} kB" if later else ""
     print(f"{video.name}: PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.4f} over {len(video.test)} held-out cameras and "
           f"{len(per_frame)} frames; first frame {summary['seconds_first']:.1f} s, {summary['bytes_first'] / 1000:.0f} kB{each}; "

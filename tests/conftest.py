@@ -1,5 +1,6 @@
 """Tiny tensors gain nothing from threads, and idle OpenMP threads spin: one thread here and in the processes that tests start."""
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,16 +11,52 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+def save_views(views, paths):
+    """Pictures on black, which are colour * alpha, as PNG files with colour and alpha."""
+    import common                              # after the line above
+    import torch
+    for image, alpha, path in zip(views.images, views.alpha[..., None], paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.save_png(path, torch.cat([image / alpha.clamp_min(1e-6), alpha], -1))
+
+
+def write_blender_scene(folder, views_by_split):
+    """Files in Blender's layout. views_by_split: split -> Views on black, of one focal length."""
+    for split, views in views_by_split.items():
+        save_views(views, [folder / f"{name}.png" for name in views.names])
+        frames = []
+        for name, c2w in zip(views.names, views.c2w.tolist()):
+            frames.append({"file_path": f"./{name}", "transform_matrix": [*c2w, [0, 0, 0, 1]]})
+        angle = 2 * math.atan(0.5 * views.images.shape[2] / float(views.K[0, 0, 0]))
+        meta = {"camera_angle_x": angle, "frames": frames}
+        (folder / f"transforms_{split}.json").write_text(json.dumps(meta))
+
+
+def write_srn_family(folder, views_by_name):
+    """Files in the layout of the SRN cars. views_by_name: scene -> Views on black."""
+    import torch
+    for scene, views in views_by_name.items():
+        save_views(views, [folder / scene / "rgb" / f"{name}.png" for name in views.names])
+        (folder / scene / "pose").mkdir()
+        opencv = views.c2w * torch.tensor([1.0, -1.0, -1.0, 1.0])
+        for name, c2w in zip(views.names, opencv.flatten(1).tolist()):
+            line = " ".join(map(repr, [*c2w, 0.0, 0.0, 0.0, 1.0]))
+            (folder / scene / "pose" / f"{name}.txt").write_text(line)
+        intrinsics = "525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n512 512\n"
+        (folder / scene / "intrinsics.txt").write_text(intrinsics)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """bricks at 24 px as files: 20 training views, 2 test views. Loads in a moment, and is what a student's own scene would be."""
-    import common                              # after the line above
-    folder = tmp_path_factory.mktemp("scenes") / "tiny"
-    common.Bricks(folder, 24)()
+    """bricks at 24 px as files, 20 training views, 2 test views: loads in a moment, and is what
+    a student's own scene would be."""
+    import common
+    import torch
+    folder, scene = tmp_path_factory.mktemp("scenes") / "tiny", {}
     for split, n in (("train", 20), ("val", 2), ("test", 2)):
-        path = folder / f"transforms_{split}.json"
-        meta = json.loads(path.read_text())
-        path.write_text(json.dumps({**meta, "frames": meta["frames"][:n]}))
+        views = common.load_bricks(split, 24, torch.zeros(3))
+        scene[split] = common.pick_views(views, list(range(n)))
+    write_blender_scene(folder, scene)
     return folder
 
 

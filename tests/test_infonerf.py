@@ -275,8 +275,12 @@ def test_near_rays_by_hand(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kind: u)
     o2, d2 = inf.near_rays(o, d, 30.0)
     for r in range(4):
-        x, y, z = (60 * u[:, r] - 30).tolist()
-        R = torch.tensor(common.turned("x", x) @ common.turned("y", y) @ common.turned("z", z)).float()
+        R = torch.eye(3)
+        for (i, j), angle in zip(((1, 2), (2, 0), (0, 1)), torch.deg2rad(60 * u[:, r] - 30)):     # about x, y, z
+            turn = torch.eye(3)
+            turn[i, i] = turn[j, j] = angle.cos()
+            turn[i, j], turn[j, i] = -angle.sin(), angle.sin()
+            R = R @ turn
         assert close(o2[r], R @ o[r]) and close(d2[r], R @ d[r])
 
 
@@ -786,7 +790,7 @@ def test_a_run_s_folder(bricks_run):
     assert 0 < curve[0]["train_seconds"] < curve[1]["train_seconds"] < curve[2]["train_seconds"]
     assert curve[-1]["psnr"] == summary["psnr"] and curve[-1]["views"] == 25 and curve[0]["views"] == 1
     recorded = json.loads((folder / "args.json").read_text())
-    assert recorded == {**common.plain(asdict(args(**flags))), "device": recorded["device"], "out": str(folder)}
+    assert recorded == {**common.to_json(asdict(args(**flags))), "device": recorded["device"], "out": str(folder)}
     assert iio.imread(folder / "test_003.png").shape == (24, 4 * 24, 3) and iio.imread(folder / "rays.png").shape[1] == 3 * 24
     assert iio.imread(folder / "render.mp4", index=0).shape == (24, 2 * 24, 3)
     assert f"{summary['psnr']:.2f} dB" in done.stdout and "4 views" in done.stdout
@@ -1055,10 +1059,26 @@ def test_random_backgrounds_leave_a_perfect_field_no_error(tiny, tmp_path, monke
     assert all(bg.shape == (96, 3) and bg.std() > 0.2 for bg in colours)
 
 
+def test_photographs_without_alpha_get_another_background_behind_each_ray(tmp_path, monkeypatch):
+    """A background that all rays share can be used as paint by a field that stays transparent."""
+    write_llff(tmp_path / "line")
+    used, real_render = [], inf.render
+
+    def render(fields, rays_o, rays_d, scene, bg, *more, **options):
+        if options.get("perturb"):
+            used.append(bg)
+        return real_render(fields, rays_o, rays_d, scene, bg, *more, **options)
+
+    monkeypatch.setattr(inf, "render", render)
+    inf.train(quick(tmp_path / "line", tmp_path / "a", views=(0, 1), size=16, steps=2,
+                    train_background="random", entropy_weight=0.0))
+    assert used[0].shape == (96, 3) and used[0].std(0).max() > 0.05
+
+
 def as_dtu(scene):
     """A scene of kind "dtu" out of one with alpha: masks, no alpha, no depth, a K for each view, every 8th held out."""
     both = common.join_views(scene.train, scene.test)
-    both = replace(both, mask=both.alpha, alpha=None, depth=None, K=both.K.expand(len(both.names), 3, 3), names=[f"image/{v:06d}.png" for v in range(len(both.names))])
+    both = replace(both, mask=both.alpha, alpha=None, depth=None, names=[f"image/{v:06d}.png" for v in range(len(both.names))])
     train, test = common.hold_out(both, "here")
     return replace(scene, kind="dtu", near=0.1, train=train, test=test)
 
@@ -1221,7 +1241,7 @@ def test_a_run_is_not_harmed_by_another(tiny, tmp_path, monkeypatch, capsys):
     assert_refused(command(monkeypatch, capsys, *base, "--resume", "--scene", "bricks", "--views", 1), "bricks")
     assert content(out) == before
     (tmp_path / "b").mkdir()
-    common.Run("other_method", "tiny", tmp_path / "b", {}).save({"step": 1})
+    common.Run("other_method", "tiny", tmp_path / "b", {"preset": "quick", "data": ""}).save({"step": 1})
     copied = content(tmp_path / "b")
     assert_refused(command(monkeypatch, capsys, *words_of(scene=tiny, steps=4, eval_every=2, out=tmp_path / "b"), "--resume"), "other_method")
     assert content(tmp_path / "b") == copied
@@ -1229,7 +1249,7 @@ def test_a_run_is_not_harmed_by_another(tiny, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "new").exists()
     whole = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
-    assert_refused(command(monkeypatch, capsys, *base, "--resume"), "not a usable checkpoint")
+    assert_refused(command(monkeypatch, capsys, *base, "--resume"), "ckpt.pt")
     (out / "ckpt.pt").write_bytes(whole)
     assert command(monkeypatch, capsys, *base, "--resume", "--test-skip", 2, "--eval-views", 2)[0] == 0           # finished: evaluated once more
 

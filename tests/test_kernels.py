@@ -147,6 +147,28 @@ def test_march_special_rays(backend):
 
 
 @over_plain
+@pytest.mark.parametrize("far", [5.0, 1e10, INF])
+def test_march_gives_no_samples_where_there_is_no_direction(backend, far):
+    """From inside the box; the ray beside it has as many samples as with any `far`."""
+    o, d = torch.tensor([[0.2, 0.2, 0.2]] * 2, dtype=F64), torch.tensor([[0, -0.0, 0], [1, 0, 0]], dtype=F64)
+    grid = torch.ones(4, 4, 4, dtype=torch.bool)
+    assert check_march(backend, o, d, grid, BOX, 0.3, far=far, near=-3.0) == [0, 7]
+
+
+@over_plain
+@pytest.mark.parametrize("length", [1e-3, 1e-9, 1e-30])
+def test_march_refuses_short_directions(backend, length):
+    """They would have millions of samples; a half of a unit vector still passes."""
+    o, d = torch.tensor([[0.2, 0.2, 0.2]] * 2, dtype=F64), torch.tensor([[1.0, 0, 0], [0, 0, 1]], dtype=F64)
+    grid = torch.ones(4, 4, 4, dtype=torch.bool)
+    assert check_march(backend, o, 0.5 * d, grid, BOX, 0.3)[0] > 4
+    d[1] *= length
+    with pytest.raises(ValueError, match="rays_d.*unit directions"):
+        run(march, backend, o, d, grid, BOX, 0.3)
+    assert len(run(march, backend, o, d, grid, BOX, 0.3, far=2.0)[0])              # `far` keeps it short
+
+
+@over_plain
 def test_march_by_hand(backend):
     """Box one wide, ray along x from its left face, step 0.4: middles 0.2, 0.6, and 1.0, which no longer lies before the exit."""
     args = torch.zeros(1, 3) + torch.tensor([0.0, 0.5, 0.5]), torch.tensor([[1.0, 0, 0]])

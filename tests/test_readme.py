@@ -1,4 +1,5 @@
-"""Every command and picture that README.md names exists. Nothing is run: flags are parsed, files looked up."""
+"""Commands, pictures and links of README.md and .github/results exist. Nothing is run: flags are
+parsed, files looked up."""
 import dataclasses
 import re
 import shlex
@@ -18,16 +19,18 @@ pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md")
 
 
 def commands():
-    """Words after `python` of each command in a fenced block: also behind &&, ;, a prompt, or a variable's assignment."""
+    """Words after `python` of each command in a fenced block (also behind &&, ;, a prompt, or a
+    variable's assignment) or in a sentence."""
     found = []
-    for block in re.findall(r"```[a-z]*\n(.*?)```", TEXT, re.S):
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", TEXT, re.S)
+    for block in blocks + re.findall(r"`(python [^`\n]+)`", TEXT):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;|\|\||(?<!\|)\|(?!\|)", line):
                 words = shlex.split(part, comments=True)
                 while words and (words[0] == "$" or re.fullmatch(r"\w+=.*", words[0])):
                     words = words[1:]
-                if len(words) > 1 and re.fullmatch(r"(.*/)?python3?", words[0]) and words[1].endswith(".py"):
-                    found.append(words[1:])
+                if len(words) > 1 and re.fullmatch(r"(.*/)?python3?", words[0]):
+                    found += [words[1:]] if words[1].endswith(".py") else []
     return found
 
 
@@ -35,18 +38,18 @@ def commands():
 def test_command_parses(words, monkeypatch, capsys):
     script, rest = words[0], words[1:]
     assert (ROOT / script).is_file(), f"{script} does not exist"
-    rest = [re.sub(r"\$\{?\w+\}?|\.\.\.|<\w+>", "1", word) for word in rest]                       # placeholders
+    rest = [re.sub(r"\$\{?\w+\}?|\.\.\.|<\w+>", "1", word) for word in rest]      # placeholders
     monkeypatch.setattr(sys, "argv", [script, *rest])
     if script == "common.py":
         tyro.cli(common.COMMANDS, args=rest)
     elif script == "kernels.py":
         source = (ROOT / script).read_text()
         for word in rest:
-            assert not word.startswith("--") or word.split("=")[0] in source, f"kernels.py has no {word}"
+            assert not word.startswith("--") or word.split("=")[0] in source, word
     else:
         method = __import__(script.removesuffix(".py"))
         seen = []
-        common.cli(method.PRESETS, seen.append)                        # exits with status 2 where a flag does not exist
+        common.cli(method.PRESETS, seen.append)        # exits with status 2 at an unknown flag
         assert dataclasses.is_dataclass(seen[0])
 
 
@@ -54,12 +57,25 @@ def test_there_are_commands():
     assert any(words[0] == "soft_mining.py" for words in commands())
 
 
-def test_pictures_exist():
-    names = re.findall(r"\.github/images/[\w./-]+\.\w+", TEXT)
-    assert all((ROOT / name).is_file() for name in names), [name for name in names if not (ROOT / name).is_file()]
+PAGES = [README, *sorted((ROOT / ".github/results").glob("*.md"))]
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)\s]+)\)", TEXT)
-    names = [link.split("#")[0] for link in links if "://" not in link and not link.startswith(("#", "mailto:"))]
-    assert all((ROOT / name).exists() for name in names), [name for name in names if not (ROOT / name).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_and_pictures_exist(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    names = [link.split("#")[0] for link in links
+             if "://" not in link and not link.startswith(("#", "mailto:"))]
+    assert names
+    missing = [name for name in names if not (page.parent / name).exists()]
+    assert not missing
+
+
+def test_readme_links_to_every_page_of_results_and_is_short():
+    assert all(f"(.github/results/{page.name})" in TEXT for page in PAGES[1:])
+    assert README.stat().st_size <= 24_000
+
+
+def test_every_picture_is_shown():
+    shown = "".join(page.read_text() for page in PAGES)
+    pictures = [path.name for path in (ROOT / ".github/images").iterdir()]
+    assert not [name for name in pictures if f"images/{name})" not in shown]

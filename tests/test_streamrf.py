@@ -1525,7 +1525,7 @@ def test_play_needs_no_data(stage_run, tmp_path, monkeypatch, films):
     free = films[-1][1]
     assert len(free) == 3 and all(f.shape == (24, 24, 3) for f in free) and not torch.equal(free[0], free[1])
     header = StreamReader("a.srf").header
-    away = common.free_path(header.c2w, False, 3)
+    away = common.camera_path(header.c2w, False, 3)
     want = sr.picture(StreamReader("a.srf").seek(1), replace(header, c2w=away), 1, small())["rgb"]
     assert torch.equal(free[1], want)
 
@@ -1609,7 +1609,7 @@ def test_help_names_every_flag():
 def test_n3dv_trains_and_plays(film, tmp_path, monkeypatch, films):
     """Films of stage in the layout of Neural 3D Video: forward-facing, in NDC, no motion mask."""
     pytest.importorskip("imageio_ffmpeg", reason="no ffmpeg")
-    from test_video import write_n3dv
+    from test_videos import write_n3dv
     write_n3dv(film[0], tmp_path / "n3dv/clip", 2)
     summary = sr.train(small(tmp_path / "a", scene="clip", data=str(tmp_path), frames=2, steps=80, lattice=(24, 24, 16), video=True))
     assert (summary["data"], summary["scene"], summary["frames"], summary["psnr_moving"]) == ("n3dv", "clip", 2, None) and summary["psnr"] > 14

@@ -1,0 +1,216 @@
+"""What every script on TrainingRun promises, on a few steps of a small scene.
+
+The run object itself is tested on a toy, in test_run.py. Here: that a script gives it all that a
+checkpoint must hold, logs what it checks, and leaves nothing to a number that is not restored.
+"""
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import soft_mining  # noqa: E402
+from conftest import assert_refused, command, content, lines, words_of  # noqa: E402
+
+
+@dataclass
+class Method:
+    script: ModuleType
+    scene: str                      # a fixture
+    flags: dict                     # of a run that takes seconds: 6 steps, 3 checkpoints
+    files: list[str]                # what the folder holds beyond the files of all runs
+    refused: tuple[str, str]        # a flag of its own that makes no sense; what the line says
+
+
+METHODS = [
+    Method(soft_mining, "tiny",
+           dict(size=24, steps=6, eval_every=2, eval_views=1, batch="rays", rays=256, lr=1e-2,
+                levels=4, log2_table=11, finest=48, march_steps=48),
+           ["test_000.png", "test_001.png", "walkers.gif",
+            *(f"walkers/00000{step}.png" for step in (2, 4, 6))],
+           ("--alpha -1", "--alpha -1.0 must be 0 or more")),
+]
+COMMON_FILES = ["args.json", "env.json", "metrics.jsonl", "summary.json", "ckpt.pt"]
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.script.__name__)
+def method(request):
+    chosen = request.param
+    flags = {**chosen.flags, "scene": str(request.getfixturevalue(chosen.scene)), "device": "cpu"}
+    return replace(chosen, flags=flags)
+
+
+def train(method, folder, **more):
+    flags = {**method.flags, "out": str(folder), **more}
+    method.script.train(replace(method.script.Args(), **flags))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(method, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "a"
+    train(method, folder)
+    return folder
+
+
+def run(method, monkeypatch, capsys, folder, *words):
+    """Status, stdout and stderr of the command, in this process."""
+    flags = words_of({**method.flags, "out": folder})
+    return command(method.script, monkeypatch, capsys, *flags, *words)
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same: all bits of what a checkpoint restores, scores, pictures."""
+    parts = [torch.load(folder / "ckpt.pt", weights_only=True)["parts"] for folder in (a, b)]
+    assert_close(*parts, rtol=0, atol=0, equal_nan=True)
+    results = []
+    for folder in (a, b):
+        scores = [json.loads((folder / "summary.json").read_text())]
+        scores += lines(folder / "metrics.jsonl")
+        for values in scores:
+            values.update(train_seconds=0, peak_memory_mb=0)
+        results.append([scores, *sorted(path.read_bytes() for path in folder.rglob("*.png"))])
+    assert results[0] == results[1]
+
+
+def break_off_and_resume(train, k):
+    """train(resume) is broken off right after checkpoint k (from 1), and resumed."""
+    write, written = common.write_whole, []
+
+    def write_and_stop(path, how):
+        write(path, how)
+        if path.name == "ckpt.pt":
+            written.append(path)
+        if len(written) == k:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "write_whole", write_and_stop)
+        train(False)
+    torch.manual_seed(99)
+    train(True)
+
+
+def change_log(monkeypatch, change):
+    """change(step, values) -> what run.log is told instead."""
+    log = common.TrainingRun.log
+    monkeypatch.setattr(common.TrainingRun, "log",
+                        lambda run, **values: log(run, **change(run.step, values)))
+
+
+# ----------------------------------------------------------------------------- what is promised
+
+def test_run_folder(method, tmp_path, monkeypatch, capsys):
+    status, out, err = run(method, monkeypatch, capsys, tmp_path / "a")
+    assert (status, err) == (0, "")
+    assert {str(path) for path in content(tmp_path / "a")} == {*COMMON_FILES, *method.files}
+    args = json.loads((tmp_path / "a/args.json").read_text())
+    given = replace(method.script.Args(), **method.flags, out=str(tmp_path / "a"))
+    assert args == common.to_json(asdict(given))
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    curve = lines(tmp_path / "a/metrics.jsonl")
+    assert summary["method"] == method.script.__name__ and summary["data"] and summary["steps"] == 6
+    assert [line["step"] for line in curve] == [2, 4, 6]
+    assert all(a["rays"] < b["rays"] for a, b in zip(curve, curve[1:]))
+    assert curve[-1]["psnr"] == summary["psnr"] and f"{summary['psnr']:.2f} dB" in out
+    assert out.startswith("step 1/6  loss ")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_resumed_run_ends_bit_equal(method, undisturbed, tmp_path, k):
+    break_off_and_resume(lambda resume: train(method, tmp_path / "a", resume=resume), k)
+    assert_same_run(tmp_path / "a", undisturbed)
+
+
+KILLED = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common
+log = common.TrainingRun.log
+def kill(run, **values):
+    if run.step == 3: os.kill(os.getpid(), signal.SIGKILL)
+    log(run, **values)
+common.TrainingRun.log = kill
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_killed_run_resumed_ends_bit_equal(method, undisturbed, tmp_path, monkeypatch, capsys):
+    words = words_of({**method.flags, "out": tmp_path / "a"})
+    done = subprocess.run([sys.executable, "-c", KILLED, method.script.__file__, *words],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    assert torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["step"] == 2
+    words = "--out", tmp_path / "a", "--resume"
+    status, out, _ = command(method.script, monkeypatch, capsys, *words)
+    assert status == 0 and out.startswith("step 3/6  loss ")
+    assert_same_run(tmp_path / "a", undisturbed)
+
+
+def test_eval_only_says_the_same_and_harms_nothing(method, undisturbed, monkeypatch, capsys):
+    before = content(undisturbed)
+    (undisturbed / "test_000.png").unlink()
+    change_log(monkeypatch, None)                            # a training step would fail
+    assert run(method, monkeypatch, capsys, undisturbed, "--eval-only")[0] == 0
+    after = content(undisturbed)
+    summaries = [json.loads(files.pop(Path("summary.json"))) for files in (before, after)]
+    assert after == before and summaries[0]["psnr"] == pytest.approx(summaries[1]["psnr"], abs=1e-5)
+
+
+def test_seed_decides(method, undisturbed, tmp_path):
+    train(method, tmp_path / "a")
+    assert_same_run(tmp_path / "a", undisturbed)
+    train(method, tmp_path / "b", seed=1)
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["parts"]["training"]["field"]
+            for folder in (undisturbed, tmp_path / "b"))
+    same = [name for name, value in a.items() if torch.equal(value, b[name])]
+    assert len(same) < len(a) / 2, same
+
+
+def test_bad_flags_are_one_line(method, tmp_path, monkeypatch, capsys):
+    for words, named in (method.refused, ("--bogus 3", "--bogus"), ("--steps 0", "--steps 0"),
+                         ("--scene nosuchscene", "nosuchscene"),
+                         ("--preset huge", "'quick', 'paper'")):
+        assert_refused(run(method, monkeypatch, capsys, tmp_path / "a", *words.split()), named)
+    assert not (tmp_path / "a").exists()
+
+
+def test_occupied_folder(method, undisturbed, monkeypatch, capsys):
+    before = content(undisturbed)
+    for words, named in (((), "holds a run"), (("--resume", "--seed", 5), "seed was 0, now 5")):
+        assert_refused(run(method, monkeypatch, capsys, undisturbed, *words), named)
+    assert content(undisturbed) == before
+
+
+@pytest.mark.parametrize("name, bad, line", [("loss", math.nan, "not finite at step 3"),
+                                             ("opacity", 0.0, "field is empty at step 4")])
+def test_a_bad_step_keeps_the_last_checkpoint(method, undisturbed, tmp_path, monkeypatch, capsys,
+                                              name, bad, line):
+    def spoil(step, values):
+        return {**values, name: values[name] * bad} if step == 3 else values
+    with monkeypatch.context() as patch:
+        change_log(patch, spoil)
+        outcome = run(method, monkeypatch, capsys, tmp_path / "a")
+    assert_refused(outcome, line)
+    for flag in re.findall(r"--([a-z-]+)", outcome[2]):      # the advice names flags that exist
+        assert hasattr(method.script.Args(), flag.replace("-", "_")), flag
+    assert torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["step"] == 2
+    train(method, tmp_path / "a", resume=True)
+    assert_same_run(tmp_path / "a", undisturbed)
+
+
+def test_help_names_every_flag(method, monkeypatch, capsys):
+    status, out, _ = command(method.script, monkeypatch, capsys, "--help")
+    assert status == 0
+    for name in asdict(method.script.Args()):
+        assert f"--{name.replace('_', '-')}" in out, name
