@@ -1,8 +1,5 @@
 """What every method needs and none is about: scenes, rays, samplers, metrics, pictures, runs.
 
-Sections: command line | rays | scenes, one kind of files after another | videos | families of
-scenes | samples on a ray | metrics | camera paths and pictures | run folder | compare, download
-
 Conventions. Camera to world `c2w` (3, 4) has OpenGL axes: x right, y up, the camera looks along -z.
 `K` (3, 3) speaks of pixels of the images that were really loaded; the centre of the pixel in row i,
 column j is x = j + 0.5, y = i + 0.5. Ray directions are unit vectors: a distance t is metric.
@@ -13,7 +10,6 @@ column j is x = j + 0.5, y = i + 0.5. Ray directions are unit vectors: a distanc
 import colorsys
 import contextlib
 import html
-import importlib
 import io
 import itertools
 import json
@@ -29,7 +25,7 @@ import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial, reduce
 from pathlib import Path
@@ -40,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from kernels import hash_encode, hash_levels, march
@@ -106,7 +102,7 @@ def require(ok, line: str) -> None:
 
 
 def check_flags(args, positive=(), not_negative=(), shares=()) -> None:
-    """Names of flags in (0, inf), [0, inf) and [0, 1]; those of RunArgs need no mention."""
+    """Names of flags in (0, inf), [0, inf) and [0, 1], beyond those of RunArgs."""
     positive = {"steps", "eval_every", "eval_views", *positive} - {*not_negative}
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
@@ -120,8 +116,8 @@ def check_flags(args, positive=(), not_negative=(), shares=()) -> None:
 
 
 def cli(presets: dict, main: Callable) -> None:
-    """main(args), with the flags of the command line over those of --preset, "quick" or "paper"; on
-    --resume and --eval-only over those of OUT/args.json, so that `--out DIR --resume` is enough."""
+    """main(args), with the flags of the command line over those of the preset; on --resume and
+    --eval-only over those of OUT/args.json, so that `--out DIR --resume` is enough."""
     one_line_errors(lambda: read_flags(presets), main)
 
 
@@ -154,8 +150,7 @@ def one_line_errors(parse: Callable, main: Callable) -> None:
         if not stop.code:                                   # --help
             raise
         drawn = "[─-╿]|-{3,}|Parsing error|For full helptext.*"
-        text = re.sub(drawn, " ", box.getvalue(), flags=re.S)
-        line = f"error: {text} (--help lists the flags)"
+        line = "error:" + re.sub(drawn, " ", box.getvalue(), flags=re.S) + " (see --help)"
     except BrokenPipeError:                                 # `--help | head -1`
         return
     except KeyboardInterrupt:
@@ -163,15 +158,14 @@ def one_line_errors(parse: Callable, main: Callable) -> None:
     except UserError as error:
         line = f"error: {error}"
     except Exception as error:
+        line = "error: out of memory: lower --size, or the rays and samples of a step"
         if isinstance(error.__context__, OSError):          # torch.save hides it
             error = error.__context__
         if isinstance(error, OSError):
             where = error.filename or getattr(args, "out", None) or "output"
             line = f"error: {where}: {error.strerror or error}: free some space, or choose another"
             line += " --out; the last checkpoint is kept"
-        elif re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(error)):
-            line = "error: out of memory: lower --size, or the rays and samples of a step"
-        else:
+        elif not re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(error)):
             raise
     finally:
         say("", end="")
@@ -270,12 +264,9 @@ def to_ndc(views: Views, rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor
 
 
 def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
-    """Rays of pixels xy (R, 2) in images view (R,), in NDC where `ndc` is set.
-    -> rays_o, rays_d (R, 3), differentiable in xy."""
-    rays_o, rays_d = pixel_rays(xy, views.K[view], views.c2w[view])
-    if ndc:
-        return to_ndc(views, rays_o, rays_d)
-    return rays_o, rays_d
+    """rays_o, rays_d (R, 3) of pixels xy (R, 2) in images view (R,), in NDC where `ndc` is set."""
+    rays = pixel_rays(xy, views.K[view], views.c2w[view])
+    return to_ndc(views, *rays) if ndc else rays
 
 
 def view_rays(views: Views, v: int, ndc: bool) -> tuple[Tensor, Tensor]:
@@ -287,11 +278,9 @@ def view_rays(views: Views, v: int, ndc: bool) -> tuple[Tensor, Tensor]:
 def random_background(target: Tensor, alpha: Tensor | None, bg: Tensor) -> tuple[Tensor, Tensor]:
     """Another background behind each training ray: target (R, 3) and bg (R, 3), no gradient.
 
-    A field that sees one background only may stay transparent where the object has its colour, and
-    use the background as paint. A random colour cannot be used so. target (R, 3) is composited
-    onto bg (3,) with alpha (R,). Photographs have no alpha (None): all of their pixels are opaque,
-    and behind each ray stands the target of another ray. This costs as much as any other colour
-    where the field is transparent, with less noise than uniform colours would bring.
+    A field that sees one background only can use it as paint, where it stays transparent. target
+    (R, 3) is composited onto bg (3,) with alpha (R,). Photographs have no alpha (None): behind each
+    ray stands the target of another ray, with less noise than uniform colours would bring.
     """
     if alpha is None:
         return target, target[torch.randperm(len(target), device=target.device)]
@@ -299,20 +288,14 @@ def random_background(target: Tensor, alpha: Tensor | None, bg: Tensor) -> tuple
     return target + (1 - alpha[:, None]) * (other - bg), other
 
 
-def saturated_share(colours: Tensor, weights: Tensor) -> float:
-    """Share of the channels of colours (n, 3), weighted by (n,), that are 0 or 1 to 8 bits."""
-    saturated = ((colours < 1 / 255) | (colours > 254 / 255)).float().mean(1)
-    return float((weights * saturated).sum() / weights.sum().clamp(min=1e-12))
-
-
 def check_colours(rgbs: Tensor, weights: Tensor, target: Tensor) -> None:
-    """A note if samples (rgbs (N, 3), weights (N,)) show saturated colours, pictures (R, 3) none.
-
-    It then paints with the background: with white behind it, a dark red is black that lets some
-    white through. Such a field can be seen through, and is wrong on any other background.
-    """
-    found = saturated_share(rgbs.detach(), weights.detach())
-    wanted = saturated_share(target, torch.ones_like(target[:, 0]))
+    """A note if samples (rgbs (N, 3), weights (N,)) show saturated channels (0 or 1), pictures
+    (R, 3) few: with white behind it, a dark red is then black that lets some white through."""
+    shown, pictures = (((colours < 1 / 255) | (colours > 254 / 255)).float().mean(1)
+                       for colours in (rgbs, target))
+    weights = weights.detach()
+    found = float((weights * shown).sum() / weights.sum().clamp(min=1e-12))
+    wanted = float(pictures.mean())
     if found > wanted + 0.3:
         note(f"{found:.0%} of the visible colours are saturated, {wanted:.0%} in the pictures: "
              "the field uses the background as paint: use --train-background random")
@@ -352,10 +335,6 @@ def hold_out(views: Views, where) -> tuple[Views, Views]:
     return pick_views(views, train), pick_views(views, list(range(0, n, 8)))
 
 
-def _wh(image) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
-
-
 # ------------------------------------------------------------------------- what all loaders share
 
 AGAIN = "copy or download it again"
@@ -368,11 +347,9 @@ def reading(path: Path, advice: str = AGAIN):
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): {advice}") from None
     except Exception as error:                 # broken archives and pictures fail in a dozen ways
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: not usable ({why}): {advice}") from None
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not usable ({why.splitlines()[0]}): {advice}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -382,14 +359,12 @@ def read_json(path: Path) -> dict:
 
 
 def finite(array, shape: tuple, path: Path, name: str) -> np.ndarray:
-    """`array` as float64 of this shape (-1: any length), all finite; else UserError."""
+    """`array` as float64 of this shape, all finite; else UserError."""
     with contextlib.suppress(TypeError, ValueError):
         array = np.asarray(array, np.float64)
-        fits = array.ndim == len(shape) and all(s in (-1, n) for s, n in zip(shape, array.shape))
-        if fits and np.isfinite(array).all():
+        if array.shape == shape and np.isfinite(array).all():
             return array
-    lengths = "x".join(map(str, shape)).replace("-1", "N")
-    raise UserError(f"{path}: {name} must be {lengths} finite numbers: {AGAIN}")
+    raise UserError(f"{path}: {name} must be {'x'.join(map(str, shape))} finite numbers: {AGAIN}")
 
 
 def check_pose(c2w: np.ndarray, path: Path, name: str) -> None:
@@ -430,9 +405,6 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-note_once = lru_cache(note)              # for what each picture of a scene would say
-
-
 # ---------------------------------------------------------------------- pictures read from disk
 
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
@@ -456,70 +428,43 @@ def fit_size(H: int, W: int, size: int | None, where) -> tuple[int, int]:
     """(h, w) whose longer side is `size` (None: unchanged). UserError if that would enlarge."""
     longer = max(H, W)
     size = longer if size is None else size
-    require(size >= 1, f"--size {size} must be at least 1 pixel")
-    require(size <= longer, f"{where}: pictures are {W}x{H}, smaller than --size {size}")
+    require(1 <= size <= longer, f"{where}: {W}x{H} pixels: --size {size} must be 1 to {longer}")
     return max(1, round(H * size / longer)), max(1, round(W * size / longer))
 
 
-def same_shape(size: tuple, other: tuple) -> bool:
-    """Whether two sizes (w, h) are of one picture, scaled and rounded to whole pixels."""
-    return abs(size[1] * other[0] - other[1] * size[0]) <= other[0] + other[1]
-
-
 def check_shapes(stated: list[tuple], W: int, H: int, where) -> None:
-    """UserError if a size (w, h) in the cameras' file is not that of pictures W x H, scaled."""
+    """UserError if a size (w, h) in the cameras' file is not that of pictures W x H, scaled and
+    rounded to whole pixels."""
     for w, h in stated:
-        require(same_shape((W, H), (w, h)), f"{where}: cameras of pictures of {w:g}x{h:g}, but "
+        require(abs(h * W - w * H) <= w + h, f"{where}: cameras of pictures of {w:g}x{h:g}, but "
                 f"they have {W}x{H}, another shape: they seem to be turned or cropped")
 
 
-def upright(picture: Image.Image, stated: tuple, folder: Path) -> Image.Image:
-    """A picture turned by its EXIF orientation, unless `stated` (w, h) is its shape as stored:
-    programs differ on which of the two their cameras mean."""
-    turned = ImageOps.exif_transpose(picture)
-    if None in stated or turned.size == picture.size:
-        if picture.getexif().get(0x0112, 1) > 1:                # the tag "orientation"
-            note_once(f"{folder}: EXIF orientation: pictures are turned, and cameras are assumed "
-                      "to speak of the turned ones")
-    elif same_shape(picture.size, stated):
-        return picture
-    return turned
-
-
-def read_image(path: Path, stated: tuple = (None, None)) -> np.ndarray:
-    """(H, W, 4) float32 in [0, 1]: colour, and alpha, which is 1 without transparency. stated: the
-    size (w, h) that the intrinsics speak of, if known."""
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 4) float32 in [0, 1]: colour, and alpha, which is 1 without transparency."""
     with reading(path), Image.open(path) as picture:
-        if picture.mode[0] in "IF":                             # 16 or 32 bits a channel
-            raise ValueError(f"pixel format {picture.mode}: save it with 8 bits a channel")
-        return np.asarray(upright(picture, stated, path.parent).convert("RGBA")) / np.float32(255)
+        turned = picture.getexif().get(0x0112, 1) > 1           # do cameras know? programs differ
+        require(not turned, f"{path}: EXIF orientation: save it as its cameras mean it, without")
+        require(picture.mode[0] not in "IF", f"{path}: {picture.mode} pixels: save it with 8 bits")
+        return np.asarray(picture.convert("RGBA")) / np.float32(255)
 
 
-def read_images(paths: list[Path], size: int | None, bg: Tensor, square: bool = False,
-                masks: list[Path] | None = None, stated: tuple = (None, None)
+def read_images(paths: list[Path], size: int | None, bg: Tensor
                 ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
     """Read, shrink, composite onto bg: images (V, h, w, 3), alpha (V, h, w) or None, files' (H, W).
-
-    square: the central squares alone. masks: pictures whose grey is the alpha. Multiplying by alpha
-    before the average keeps the colour of transparent pixels out of edges.
-    """
-    H, W = read_image(paths[0], stated).shape[:2]
-    rows, columns = (min(H, W), min(H, W)) if square else (H, W)
-    top, left = (H - rows) // 2, (W - columns) // 2
-    h, w = fit_size(rows, columns, size, paths[0])
-    down, right = area_weights(rows, h), area_weights(columns, w)
+    Multiplying by alpha before the average keeps the colour of transparent pixels out of edges."""
+    H, W = read_image(paths[0]).shape[:2]
+    h, w = fit_size(H, W, size, paths[0])
+    down, right = area_weights(H, h), area_weights(W, w)
     images = np.empty((len(paths), h, w, 3), np.float32)
     alphas = np.empty((len(paths), h, w), np.float32)
 
     def load(v):
-        image = read_image(paths[v], stated)
-        require(image.shape[:2] == (H, W), f"{paths[v]}: {_wh(image)} px, but {paths[0].name} has "
-                f"{W}x{H}: all pictures of a scene must have one size")
-        if masks:
-            with reading(masks[v], "it must have the size of its picture"):
-                image[..., 3] = read_image(masks[v])[..., 0]
+        image = read_image(paths[v])
+        require(image.shape[:2] == (H, W), f"{paths[v]}: not {W}x{H} px as {paths[0].name}: all "
+                "pictures of a scene must have one size")
         image[..., :3] *= image[..., 3:]
-        image = area_average(image[top:top + rows, left:left + columns], down, right).clip(0, 1)
+        image = area_average(image, down, right).clip(0, 1)
         alphas[v] = image[..., 3]
         images[v] = (image[..., :3] + (1 - image[..., 3:]) * bg.numpy()).clip(0, 1)
 
@@ -537,80 +482,71 @@ def _intrinsics(fx: float, fy: float, cx: float, cy: float) -> Tensor:
 # ------------------------------------------------------------------------------ Blender scenes
 
 FOCAL = {"camera_angle_x", "camera_angle_y", "fl_x", "fl_y"}
-LENS = ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye")
+REFUSED = ("k1", "k2", "k3", "k4", "p1", "p2", "is_fisheye", "mask_path")
 PINHOLE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE")
-READ = {*FOCAL, *LENS, "w", "h", "cx", "cy", "camera_model", "file_path", "transform_matrix",
-        "mask_path", "rotation"}                            # rotation: of Blender's rig, no use
+READ = {*FOCAL, *REFUSED, "w", "h", "cx", "cy", "camera_model", "file_path", "transform_matrix",
+        "rotation"}                                         # rotation: of Blender's rig, no use
 
 
 def load_blender(path: Path, size: int | None, bg: Tensor) -> Views:
     """The views of one transforms file: what Blender, instant-ngp and nerfstudio write.
 
     {"camera_angle_x": 0.69, "frames": [{"file_path": "./train/r_0", "transform_matrix": [[...]]}]}
-    What a frame states overrides the top. c2w is 3x4 or 4x4 with OpenGL axes; a mask is the alpha.
+    What a frame states overrides the top. c2w is 3x4 or 4x4 with OpenGL axes.
     """
-    top, frames, masks = read_json(path), [], None
+    top, frames, names, c2w = read_json(path), [], [], []
     with reading(path):
         for frame in top.pop("frames"):
             skip = FOCAL if FOCAL & frame.keys() else set()     # fl_x here replaces an angle there
             frames.append({**{key: top[key] for key in top.keys() - skip}, **frame})
-        names = [str(frame["file_path"]) for frame in frames]
+            names.append(str(frame["file_path"]))
+            matrix, what = frame["transform_matrix"], f"transform_matrix of {names[-1]}"
+            matrix = finite(matrix, (len(matrix), 4), path, what)
+            check_pose(matrix, path, what)
+            c2w.append(matrix[:3])
         files = [named_file(path.parent, name) for name in names]
-        if any("mask_path" in frame for frame in frames):
-            masks = [named_file(path.parent, frame["mask_path"]) for frame in frames]
     require(frames, f"{path}: has no frames: list at least one image")
-    c2w = []
-    for name, frame in zip(names, frames):
-        what = f"transform_matrix of {name}"
-        matrix = finite(frame.get("transform_matrix"), (-1, 4), path, what)
-        check_pose(matrix, path, what)
-        c2w.append(matrix[:3])
-    stated = frames[0].get("w"), frames[0].get("h")
-    images, alpha, (H, W) = read_images(files, size, bg, masks=masks, stated=stated)
+    images, alpha, (H, W) = read_images(files, size, bg)
     K = np.stack([frame_K(frame, W, H, path) for frame in frames])
-    check_centre(K, W, H, path)
     left_out = set().union(*frames) - READ
-    if masks is None and (path.parent / "masks").is_dir():
-        left_out.add("masks/ (state mask_path in each frame)")
     if left_out:
         note(f"{path}: left out: {', '.join(sorted(left_out))}")
-    K = scale_K(torch.from_numpy(K).float(), images.shape[2] / W, images.shape[1] / H)
+    K = fit_K(K, W, H, images, path)
     return Views(images, torch.tensor(np.stack(c2w)).float(), K, alpha, None, names)
 
 
 def frame_K(stated: dict, W: int, H: int, path: Path) -> np.ndarray:
     """(3, 3) for pixels of a picture W x H.
 
-    fl_x, fl_y in pixels of w x h, or 0.5 w / tan(camera_angle_x / 2), the same with h and y.
-    Without the second one pixels are square. cx, cy: the middle; w, h: the picture's, if missing.
+    fl_x, fl_y in pixels of w x h, or 0.5 w / tan(camera_angle_x / 2), the same with h and y; one
+    alone is both. Where nothing else is stated, cx, cy are the middle, w, h the picture's.
     """
     model = str(stated.get("camera_model", "OPENCV")).upper()
-    require(model in PINHOLE and not any(stated.get(name) for name in LENS),
-            f"{path}: lens distortion ({model}, {', '.join(LENS)}): undistort the pictures first "
-            "(COLMAP image_undistorter), then state zeros")
+    require(model in PINHOLE and not any(stated.get(name) for name in REFUSED),
+            f"{path}: lens distortion or masks ({model}, {', '.join(REFUSED)}): undistort the "
+            "pictures, make masks their alpha")
     with reading(path, "state camera_angle_x (radians) or fl_x (pixels) on top or in each frame"):
         w, h = float(stated.get("w", W)), float(stated.get("h", H))
         angle_x, angle_y = (float(stated.get(f"camera_angle_{a}", math.nan)) for a in "xy")
         fx = float(stated.get("fl_x", 0.5 * w / math.tan(0.5 * angle_x)))
-        fy = float(stated.get("fl_y", 0.5 * h / math.tan(0.5 * angle_y)))
-        if math.isnan(fy):                                              # neither is stated
-            fy = fx
+        fy = fx if math.isnan(angle_y) else 0.5 * h / math.tan(0.5 * angle_y)
+        fy = float(stated.get("fl_y", fy))
         cx, cy = float(stated.get("cx", w / 2)), float(stated.get("cy", h / 2))
         good = np.isfinite([fx, fy]).all() and min(fx, fy) > 0
         if not good or angle_x >= math.pi or angle_y >= math.pi:
             raise ValueError(f"camera_angle_x {angle_x:g}, fl_x {fx:g}, fl_y {fy:g}")
-    if "fl_x" in stated and "w" not in stated:
-        note_once(f"{path}: fl_x without w and h: taken to be in pixels of pictures of {W}x{H}")
     check_shapes([(w, h)], W, H, path)
     return scale_K(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), W / w, H / h)
 
 
-def check_centre(K, W: int, H: int, path: Path) -> None:
-    """A principal point near the border: the intrinsics K (V, 3, 3) speak of larger pictures."""
+def fit_K(K: np.ndarray, W: int, H: int, images: Tensor, path: Path) -> Tensor:
+    """Intrinsics (V, 3, 3) of pictures W x H -> those of `images`. UserError for a principal point
+    near the border: they speak of larger pictures."""
     for cx, cy in K[:, :2, 2]:
         require(0.25 < cx / W < 0.75 and 0.25 < cy / H < 0.75,
                 f"{path}: principal point ({cx:.4g}, {cy:.4g}) in pictures of {W}x{H}: the "
                 f"intrinsics seem to speak of {2 * cx:.0f}x{2 * cy:.0f}: use pictures of that size")
+    return scale_K(torch.from_numpy(K).float(), images.shape[2] / W, images.shape[1] / H)
 
 
 def named_file(folder: Path, name: str) -> Path:
@@ -646,10 +582,10 @@ def fit_world(train: Views, test: Views, where, normalise: bool
               ) -> tuple[Views, Views, float, float]:
     """The views in a world whose box is OBJECT_BOX, and near and far for it.
 
-    The synthetic sets have cameras at 4.03 from the origin, near = 2 and far = 6. If each axis
-    o + t d is in the ball of radius 1.5 between these, nothing changes. Else the point nearest to
-    all axes, x = (sum_v A_v)^-1 sum_v A_v o_v, A_v = I - d_v d_v^T, becomes the origin, and the
-    nearest camera comes to 2.902 fx / W (the box fills its picture, as there), or 2.7, outside.
+    If each axis o + t d is in the ball of radius 1.5 between 2 and 6, as in the synthetic sets,
+    nothing changes. Else the point nearest to all axes, x = (sum_v A_v)^-1 sum_v A_v o_v,
+    A_v = I - d_v d_v^T, becomes the origin, and the nearest camera comes to 2.902 fx / W (the box
+    fills its picture, as there), or 2.7, outside.
     """
     o, d = train.c2w[:, :, 3].double(), -train.c2w[:, :, 2].double()
     middle = -(o * d).sum(-1)                                       # t nearest to the origin
@@ -662,14 +598,13 @@ def fit_world(train: Views, test: Views, where, normalise: bool
     parallel = torch.linalg.eigvalsh(A.mean(0))[0] < 1e-3           # within 2 degrees
     ahead = ((centre - o) * d).sum(-1).median() > 0
     require(ahead and not parallel, f"{where}: the cameras do not look at one place: use views "
-            "from several sides, or --no-normalise; OpenGL axes are expected (x right, y up, "
-            "looking along -z): of OpenCV's negate the second and third column of each matrix")
+            "from several sides and OpenGL axes (of OpenCV's negate columns 2 and 3 of each "
+            "matrix), or --no-normalise")
     distance = (o - centre).norm(dim=-1)
     nearest = max(2.7, 2.902 * float(train.K[:, 0, 0].min()) / train.images.shape[2])
     scale = nearest / float(distance.min())
-    shift = ", ".join(f"{-x:.3g}" for x in centre.tolist())
-    note(f"{where}: the world is moved by ({shift}), then scaled by {scale:.4g}, to fit the box "
-         "[-1.5, 1.5]^3 (--no-normalise leaves it)")
+    note(f"{where}: the world is moved by {-centre.numpy().round(3)}, then scaled by {scale:.4g}, "
+         "to fit the box [-1.5, 1.5]^3 (--no-normalise leaves it)")
     moved = []
     for views in (train, test):
         position = ((views.c2w[:, :, 3:].double() - centre[:, None]) * scale).float()
@@ -693,14 +628,14 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> Views:
     require(by_side, f"{folder}: no images/ or images_K/ with PNG or JPG files in it")
     files = by_side[min((n for n in by_side if n >= (size or 0)), default=max(by_side))]
     check_count(files[0].parent, len(files), "images", len(c2w), f"poses in {path.name}")
-    images, alpha, (H, W) = read_images(files, size, bg, stated=(hwf[0, 1], hwf[0, 0]))
+    images, alpha, (H, W) = read_images(files, size, bg)
     K = [scale_K(_intrinsics(f / w, f / h, 0.5, 0.5), images.shape[2], images.shape[1])
          for h, w, f in hwf]
     check_shapes([(w, h) for h, w, _ in hwf], W, H, path)
     corner = np.arctan(np.hypot(hwf[:, 0], hwf[:, 1]) / 2 / hwf[:, 2])
     require((np.arccos(c2w[:, 2, 2].numpy().clip(-1, 1)) + corner).max() < 1.4,
-            f"{path}: the cameras are not forward-facing, rays leave by more than 80 degrees from "
-            "their mean: write a transforms.json instead (nerfstudio, instant-ngp)")
+            f"{path}: rays leave by more than 80 degrees from the mean camera, which is not "
+            "forward-facing: write a transforms.json instead")
     names = [f"{file.parent.name}/{file.name}" for file in files]
     return Views(images, c2w, torch.stack(K), alpha, None, names, ndc_K=K[0])
 
@@ -708,12 +643,13 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> Views:
 def llff_poses(path: Path) -> tuple[Tensor, np.ndarray]:
     """Cameras of poses_bounds.npy: c2w (N, 3, 4); H, W, focal (N, 3) of full-size pictures.
 
-    A row holds a 3x5 matrix [R | position | (H, W, focal)], whose R has the columns down, right,
-    backwards, and the nearest and farthest depth. As in NeRF, the mean camera becomes the identity
-    and the nearest depth 1/0.75: the near plane of NDC, at 1, lies safely before all content.
+    A row: 3x5 matrix [down | right | back | position | (H, W, focal)], nearest and farthest depth.
+    As in NeRF, the mean camera becomes the identity and the nearest depth 1/0.75: the near plane
+    of NDC, at 1, lies safely before all content.
     """
     with reading(path):
-        rows = finite(np.load(path), (-1, 17), path, "the array")
+        rows = np.load(path)
+        rows = finite(rows, (len(rows), 17), path, "the array")
     down, right, back, position, hwf = np.moveaxis(rows[:, :15].reshape(-1, 3, 5), 2, 0)
     depths = rows[:, 15:]
     require(len(rows) and min(depths.min(), hwf.min()) > 0,
@@ -739,15 +675,12 @@ def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------- DTU scenes
 
-DTU_CAMERAS = ("cameras.npz", "cameras_sphere.npz")
-
-
 def load_dtu(folder: Path, size: int | None, bg: Tensor) -> Views:
-    """All views of a scan: image/, mask/ (for views.mask, if it is there) and, for view i of the
-    archive of cameras, world_mat_i (4, 4), whose first three rows take the world (mm) to pixels,
-    and scale_mat_i = [s I, c; 0, 1], the same for all. We live in X' = (X - c) / s, where the
-    object lies in the unit sphere; P = (world_mat scale_mat)[:3] projects X'."""
-    path = next(folder / name for name in DTU_CAMERAS if (folder / name).is_file())
+    """All views of a scan: image/, mask/ (for views.mask, if there) and an archive of cameras.
+
+    P = world_mat_i[:3] projects the world X (mm) to pixels. scale_mat_i = [s I, c; 0, 1], one for
+    all: the object lies in the unit sphere of X' = (X - c) / s, our world."""
+    path = next(f for f in (folder / "cameras.npz", folder / "cameras_sphere.npz") if f.is_file())
     files, masks = image_files(folder / "image"), image_files(folder / "mask")
     with reading(path), np.load(path) as arrays:            # pickled objects could run code
         n = sum(re.fullmatch(r"world_mat_\d+", key) is not None for key in arrays.files)
@@ -762,8 +695,7 @@ def load_dtu(folder: Path, size: int | None, bg: Tensor) -> Views:
             f"[s I, c; 0, 1], one s > 0 and one c for all views: {AGAIN}")
     K, c2w = split_projections((world @ scale)[:, :3], path)
     images, _, (H, W) = read_images(files + masks, size, bg)        # all must have one size
-    check_centre(K, W, H, path)
-    K = scale_K(torch.from_numpy(K).float(), images.shape[2] / W, images.shape[1] / H)
+    K = fit_K(K, W, H, images, path)
     return Views(images[:n], torch.from_numpy(c2w).float(), K, None, None,
                  [f"image/{file.name}" for file in files], images[n:, ..., 0] if masks else None)
 
@@ -771,9 +703,9 @@ def load_dtu(folder: Path, size: int | None, bg: Tensor) -> Views:
 def split_projections(P: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """K (V, 3, 3), c2w (V, 3, 4) of projections P = m K [R | -R C] (V, 3, 4), m any number but 0.
 
-    det(P[:, :3]) > 0 makes m positive. The inverse of P[:, :3] = (m K) R is R^T times an upper
-    triangle, which is what QR finds. Skew below 1e-3 fx (scan24: 2e-7) is dropped. DTU counts
-    pixel centres from 0, we from 0.5.
+    The inverse of P[:, :3] = (m K) R is R^T times an upper triangle, which is what QR finds; m > 0
+    where its determinant is. Skew below 1e-3 fx is dropped. DTU's pixel centres start at 0, ours at
+    0.5.
     """
     good = np.linalg.cond(P[:, :, :3]) < 1e8
     require(good.all(), f"{path}: world_mat_{good.argmin()} is singular, which no camera is")
@@ -826,14 +758,13 @@ def crossing(kind: list, o, d) -> tuple[np.ndarray, np.ndarray]:
         one, two = (-1 - o[i]) / d[i], (1 - o[i]) / d[i]
         t_in = np.maximum(t_in, np.minimum(one, two))
         t_out = np.minimum(t_out, np.maximum(one, two))
-    if not kind:
-        return t_in, t_out
-    d2 = sum(d[i] * d[i] for i in kind) + 1e-12                         # 0 along the axis of a tube
-    middle = -sum(o[i] * d[i] for i in kind) / d2                       # of the chord
-    half = np.sqrt((1 - sum((o[i] + middle * d[i]) ** 2 for i in kind)) / d2)       # NaN: a miss
+    d2 = sum(d[i] * d[i] for i in kind) + 1e-12             # 0: a box, or along the axis of a tube
+    middle = -sum(o[i] * d[i] for i in kind) / d2           # of the chord
+    half = ((1 - sum((o[i] + middle * d[i]) ** 2 for i in kind)) / d2) ** 0.5       # NaN: a miss
     return np.maximum(t_in, middle - half), np.minimum(t_out, middle + half)
 
 
+@np.errstate(all="ignore")                                  # 0 / 0 of rays that miss
 def trace(shapes: list[Shape], c2w, focal: float, n: int) -> tuple[np.ndarray, ...]:
     """n x n rays from a camera outside of all shapes -> colour (3, n, n), distance to the first
     surface (inf: none) and index of its shape (-1). Only pixels between its corners try a shape.
@@ -850,8 +781,7 @@ def trace(shapes: list[Shape], c2w, focal: float, n: int) -> tuple[np.ndarray, .
         rows, cols = (slice(int(a), int(b)) for a, b in zip(low, high))
         to_unit = np.float32(np.linalg.inv(matrix))
         o, turn = np.float32(-to_unit @ offset), (to_unit @ c2w[:, :3])[..., None, None]
-        d = turn[:, 0] * x[cols] - turn[:, 1] * x[rows, None] - turn[:, 2]
-        d /= length[rows, cols]
+        d = (turn[:, 0] * x[cols] - turn[:, 1] * x[rows, None] - turn[:, 2]) / length[rows, cols]
         t_in, t_out = crossing(shape.kind, o, d)
         hit = (t_in <= t_out) & (t_in < distance[rows, cols])
         distance[rows, cols][hit] = t_in[hit]
@@ -868,15 +798,13 @@ def trace(shapes: list[Shape], c2w, focal: float, n: int) -> tuple[np.ndarray, .
     return colour, distance, index
 
 
-def render(shapes: list[Shape], poses, focal: float, size: int, bg: Tensor, names: list[str]):
-    """-> Views, and indices of the shapes at pixels' centres (V, size, size), -1 = none. focal: in
-    sides. Colour and alpha are means over 3x3 rays, of which the middle one gives depth."""
-    if size < 1:
-        raise UserError(f"--size {size} must be at least 1 pixel")
-    parts = []
-    for c2w in np.float32(poses):
-        with np.errstate(all="ignore"):                                 # 0 / 0 of rays that miss
-            colour, distance, index = trace(shapes, c2w, focal, 3 * size)
+def render(shapes: list[Shape], cameras: dict, focal: float, size: int, bg: Tensor):
+    """-> Views, and indices of the shapes at pixels' centres (V, size, size), -1 = none. cameras:
+    name -> c2w; focal: in sides. Colour, alpha: means over 3x3 rays; depth: of the middle one."""
+    require(size >= 1, f"--size {size} must be at least 1 pixel")
+    poses, parts = np.float32([*cameras.values()]), []
+    for c2w in poses:
+        colour, distance, index = trace(shapes, c2w, focal, 3 * size)
         rgba = np.concatenate([colour, index[None] >= 0]).reshape(4, size, 3, -1)
         rgba = rgba.mean(2, dtype=np.float32).reshape(4, size, size, 3).mean(3)
         depth, index = np.where(index < 0, 0, distance)[1::3, 1::3], index[1::3, 1::3]
@@ -884,7 +812,7 @@ def render(shapes: list[Shape], poses, focal: float, size: int, bg: Tensor, name
     colour, alpha, depth, index = (torch.from_numpy(np.stack(part)) for part in zip(*parts))
     images = (colour + (1 - alpha[..., None]) * bg).clamp(0, 1).contiguous()
     K = _intrinsics(focal * size, focal * size, size / 2, size / 2).repeat(len(poses), 1, 1)
-    return Views(images, torch.tensor(np.float32(poses)), K, alpha, depth, names), index
+    return Views(images, torch.tensor(poses), K, alpha, depth, [*cameras]), index
 
 
 def orbit_pose(azimuth: float, elevation: float, radius: float, centre=(0, 0, 0)) -> np.ndarray:
@@ -909,9 +837,8 @@ def truck() -> list[Shape]:
             (-6, -2, 1.5, 2, 4, 1, BLUE, 1), (-4, -2, 1.5, 3, 2, 1, GREEN, 1)):
         half = (nx / 2 - 0.03, ny / 2 - 0.03, height / 2)
         shapes.append(Shape(BOX, (x + nx / 2, y + ny / 2, z + height / 2), half, colour))
-        for i, j in np.ndindex(nx * studs, ny):
-            at = (x + i + 0.5, y + j + 0.5, z + height + 0.1)
-            shapes.append(Shape(TUBE, at, (0.3, 0.3, 0.12), colour))
+        shapes += [Shape(TUBE, (x + i + 0.5, y + j + 0.5, z + height + 0.1), (0.3, 0.3, 0.12),
+                         colour) for i, j in np.ndindex(nx * studs, ny)]
     for y in (-2.5, 2.5):
         for x in (-5.6, -2.6, 5):
             shapes += [Shape(WHEEL, (x, y, -0.3), (1.5, 0.8, 1.5), BLACK, DARK, (4, 1, 4)),
@@ -937,73 +864,66 @@ def load_bricks(split: str, size: int | None, bg: Tensor) -> Views:
         seed, count = {"train": (0, 100), "val": (1, 25)}[split]
         u = np.random.default_rng(seed).random((count, 2))
         angles = zip(2 * np.pi * u[:, 0], np.arcsin(0.08 + 0.9 * u[:, 1]))
-    poses = [orbit_pose(*angle, 4.0311289) for angle in angles]
-    focal, names = 0.5 / math.tan(0.3455556035), [f"{split}/r_{v}" for v in range(len(poses))]
-    return render(truck(), poses, focal, 200 if size is None else size, bg, names)[0]
-
-
-STAGE_APPEARS, STAGE_FLICKER = 5, 3     # the cube is there from this frame; frames of one colour
-STAGE_THINGS = ("ball", "turning", "flicker", "appearing")      # shapes 8 to 11 of stage(t)
-STAGE_NAMES = [f"cam{v:02d}" for v in range(14)]
-STAGE_POSES = [orbit_pose(math.radians(5.3846 * v - 125), math.radians(8 + 18 * (v % 2)), 3.2,
-                          (0, 0.1, -0.18)) for v in range(14)]
+    cameras = {f"{split}/r_{v}": orbit_pose(*angle, 4.0311289) for v, angle in enumerate(angles)}
+    size = 200 if size is None else size
+    return render(truck(), cameras, 0.5 / math.tan(0.3455556035), size, bg)[0]
 
 
 def stage(t: int) -> list[Shape]:
     """The room at frame t, in [-0.96, 0.96]^3, open towards -y: 8 shapes that rest; a ball that
-    rolls round a plinth, 0.04 a frame; a crate on it that turns by 6 degrees; a panel; a cube."""
+    rolls round a plinth, 0.04 a frame; a crate on it that turns by 6 degrees; a panel whose colour
+    changes every 3 frames; a cube from frame 5 on."""
     angle = math.radians(205) + t * 0.04 / 0.46
     at = (0.46 * math.cos(angle), 0.46 * math.sin(angle), -0.73)
     yaw, pitch = math.degrees(angle) - 90, math.degrees(t * 0.04 / 0.15)
-    panel = (YELLOW, BLUE)[t // STAGE_FLICKER % 2]
     shapes = [Shape(BOX, (0, 0, -0.92), (0.96, 0.96, 0.04), WHITE, WOOD, (8, 8, 1)),
               Shape(BOX, (0, 0.92, 0.04), (0.96, 0.04, 0.92), TEAL, GREY, (12, 1, 12)),
-              Shape(BOX, (-0.92, 0.48, -0.14), (0.04, 0.4, 0.74), PLUM, WHITE, (1, 4, 8)),
-              Shape(BOX, (0.92, 0.48, -0.14), (0.04, 0.4, 0.74), PLUM, WHITE, (1, 4, 8)),
+              *[Shape(BOX, (x, 0.48, -0.14), (0.04, 0.4, 0.74), PLUM, WHITE, (1, 4, 8))
+                for x in (-0.92, 0.92)],
               Shape(BOX, (-0.66, 0.6, -0.66), (0.17, 0.17, 0.22), RED, WHITE, (3, 3, 4), 20),
               Shape(BOX, (0.64, 0.6, -0.72), (0.18, 0.15, 0.16), GREEN, YELLOW, (4, 1, 1), -25),
               Shape(TUBE, (0, 0, -0.68), (0.21, 0.21, 0.2), TEAL, WHITE, (1, 1, 4)),
               Shape(BOX, (0.34, 0.86, 0.42), (0.34, 0.03, 0.25), WHITE),        # the panel's frame
               Shape(BALL, at, (0.15,) * 3, YELLOW, RED, (3, 3, 3), yaw, pitch),
               Shape(BOX, (0, 0, -0.3), (0.17, 0.17, 0.18), WHITE, BLUE, (4, 4, 4), 6 * t),
-              Shape(BOX, (0.34, 0.82, 0.42), (0.28, 0.02, 0.19), panel)]
-    if t >= STAGE_APPEARS:
-        shapes.append(Shape(BOX, (-0.42, 0.1, 0.28), (0.13,) * 3, ORANGE, PLUM, (2, 2, 2), 35))
-    return shapes
+              Shape(BOX, (0.34, 0.82, 0.42), (0.28, 0.02, 0.19), (YELLOW, BLUE)[t // 3 % 2]),
+              Shape(BOX, (-0.42, 0.1, 0.28), (0.13,) * 3, ORANGE, PLUM, (2, 2, 2), 35)]
+    return shapes if t >= 5 else shapes[:-1]
 
 
 @lru_cache(maxsize=2)
 def stage_frame(t: int, size: int) -> tuple[Views, Tensor]:
     """Frame t before black, and the numbers of the shapes at pixels' centres (14, H, W)."""
-    return render(stage(t), STAGE_POSES, 1.12, size, torch.zeros(3), STAGE_NAMES)
+    angles = np.radians([(5.3846 * v - 125, 8 + 18 * (v % 2)) for v in range(14)])
+    cameras = {f"cam{v:02d}": orbit_pose(*angles[v], 3.2, (0, 0.1, -0.18)) for v in range(14)}
+    return render(stage(t), cameras, 1.12, size, torch.zeros(3))
 
 
 def load_stage(size: int | None, frames: int | None, bg: Tensor) -> "Video":
     """The room, filmed by 14 cameras, 4 and 9 held out. None: 128 px, 20 frames. mask: where frame
     t or t - 1 shows a thing that changes, or where the picture is not the last one (edges)."""
     size, frames = 128 if size is None else size, 20 if frames is None else frames
-    if size < 1:
-        raise UserError(f"--size {size} must be at least 1 pixel")
 
     def read(t):
-        _check_frame("stage", t, frames)
+        require(0 <= t < frames, f"stage: frame {t} does not exist: it has 0 to {frames - 1}")
         before, seen_before = stage_frame(max(t - 1, 0), size)
         views, seen = stage_frame(t, size)
         mask = (views.images - before.images).abs().amax(-1) > 1e-4
         mask |= (seen >= 8) | (seen_before >= 8)
         images = views.images + (1 - views.alpha[..., None]) * bg
         return replace(views, images=images, mask=mask.float())
-    K = _intrinsics(1.12 * size, 1.12 * size, size / 2, size / 2).repeat(14, 1, 1)
+
+    first, _ = stage_frame(0, size)
     train, aabb = [v for v in range(14) if v not in (4, 9)], torch.tensor([[-1.0] * 3, [1.0] * 3])
-    c2w = torch.tensor(np.float32(STAGE_POSES))
-    return Video("stage", "builtin", frames, 10.0, c2w, K, size, size, STAGE_NAMES, train, [4, 9],
-                 aabb, 1.0, 5.0, bg, False, read)
+    return Video("stage", "builtin", frames, 10.0, first.c2w, first.K, size, size, first.names,
+                 train, [4, 9], aabb, 1.0, 5.0, bg, False, read)
 
 
 def stage_masks(video: "Video", t: int) -> dict[str, Tensor]:
     """Thing that changes -> (V, H, W) bool on the CPU: pixels of frame t whose centre shows it."""
     _, seen = stage_frame(t, video.H)
-    return {thing: seen == 8 + i for i, thing in enumerate(STAGE_THINGS)}
+    things = ("ball", "turning", "flicker", "appearing")                # shapes 8 to 11 of stage(t)
+    return {thing: seen == 8 + i for i, thing in enumerate(things)}
 
 
 def car(seed: int) -> list[Shape]:
@@ -1044,29 +964,31 @@ def load_car(seed: int, size: int, bg: Tensor, above: bool) -> Views:
     the seed alone; focal length 525/512 sides. above: without those at z <= -0.5."""
     u = np.random.default_rng((seed, 1)).random((50, 2))
     poses = [orbit_pose(2 * np.pi * a, np.arcsin(2 * b - 1), 1.3) for a, b in u]
-    keep = [v for v in range(50) if not above or poses[v][2, 3] > -0.5]
-    names = [f"{v:06d}" for v in keep]
-    return render(car(seed), [poses[v] for v in keep], 525 / 512, size, bg, names)[0]
+    cameras = {f"{v:06d}": c2w for v, c2w in enumerate(poses) if not above or c2w[2, 3] > -0.5}
+    return render(car(seed), cameras, 525 / 512, size, bg)[0]
 
 
 # ------------------------------------------------------------------------------- scene look-up
 
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
-BUILTIN_SCENES = ("bricks",)
+SCENE_FILES = {"poses_bounds.npy": "llff", "cameras.npz": "dtu", "cameras_sphere.npz": "dtu",
+               "transforms*.json": "blender"}
 
 
 def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
                train_split: str = "train", normalise: bool = True) -> Scene:
-    """Find and load a scene: "bricks" (built in), or as find_dataset says.
-
-    A well-known scene that is not on disk is replaced by "bricks", loudly: see scene.kind. size:
-    longer image side in pixels, None = as on disk. train_split: "train" | "val" | "trainval", where
-    files list splits. normalise: see fit_world.
-    """
-    bg = background(bg)
+    """Find and load a scene: "bricks" (built in, and in place of a known one that is not on disk:
+    see scene.kind), or as find_dataset says. size: longer image side in pixels, None = as on disk.
+    train_split: "train" | "val" | "trainval", where files list splits. normalise: see fit_world."""
+    data, bg = Path(data), background(bg)
     splits = ["train", "val"] if train_split == "trainval" else [train_split]
-    folder = None if name in BUILTIN_SCENES else find_scene(name, Path(data))
+    known = dict.fromkeys(BLENDER_SCENES, f"python common.py download {name}")
+    known |= dict.fromkeys(LLFF_SCENES, f"put it at {data / 'nerf_llff_data' / name}")
+    folder = None if name == "bricks" else find_dataset(
+        "scene", name, data, ("nerf_synthetic", "nerf_llff_data", "dtu"),
+        lambda place: place if scene_kind(place) else None, " or ".join(SCENE_FILES), known,
+        "bricks")
     if folder is None:
         train = reduce(join_views, [load_bricks(split, size, bg) for split in splits])
         test = load_bricks("test", size, bg)
@@ -1088,58 +1010,39 @@ def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
 
 
 def scene_kind(folder: Path) -> str | None:
-    """By its cameras file: poses_bounds.npy LLFF, cameras.npz DTU, transforms*.json Blender."""
-    if (folder / "poses_bounds.npy").is_file():
-        return "llff"
-    if any((folder / name).is_file() for name in DTU_CAMERAS):
-        return "dtu"
-    return "blender" if any(folder.glob("transforms*.json")) else None
+    """The layout of a folder, by the file with its cameras."""
+    return next((SCENE_FILES[name] for name in SCENE_FILES if any(folder.glob(name))), None)
 
 
-def background(bg) -> Tensor:
+def background(colour) -> Tensor:
     """"white" | "black" | "grey" | three numbers in [0, 1] -> (3,)."""
-    named = {"white": (1.0,) * 3, "black": (0.0,) * 3, "grey": (0.5,) * 3}
-    if isinstance(bg, str):
-        require(bg in named, f"background {bg!r}: use white, black or grey")
-        bg = named[bg]
-    return torch.tensor(bg, dtype=torch.float32)
-
-
-def find_scene(name: str, data: Path) -> Path | None:
-    """find_dataset for scenes: one of the three layouts."""
-    known = dict.fromkeys(BLENDER_SCENES, f"python common.py download {name}")
-    known |= dict.fromkeys(LLFF_SCENES, f"put it at {data / 'nerf_llff_data' / name}")
-    return find_dataset("scene", name, data, ("nerf_synthetic", "nerf_llff_data", "dtu"),
-                        lambda folder: folder if scene_kind(folder) else None,
-                        "transforms_train.json, transforms.json, poses_bounds.npy or cameras.npz",
-                        known, "bricks")
+    if not isinstance(colour, str):
+        return torch.tensor(colour, dtype=torch.float32)
+    shades = {"white": 1.0, "black": 0.0, "grey": 0.5}
+    require(colour in shades, f"background {colour!r}: use white, black or grey")
+    return torch.full((3,), shades[colour])
 
 
 def find_dataset(what: str, name: str, data: Path, subfolders, recognise: Callable, files: str,
                  known: dict[str, str], builtin: str) -> Path | None:
-    """The folder of data set `name`; None: a well-known one that is not on disk (said on stderr).
-
-    what: "scene" | "video" | "family". name: a path, or a name under `data` or data/SUBFOLDER.
-    recognise(folder) -> the folder to load (itself or one in it) or None; files: what it looks for,
-    in words. known: well-known name -> how to get it; builtin: the built-in one that stands in.
-    """
+    """The folder of data set `name`, a path or a name under `data` or data/SUBFOLDER; None: a known
+    one that is not on disk (said on stderr). what: "scene" | "video" | "family". recognise(folder)
+    -> the folder to load (itself or one in it) or None; files: what it looks for, in words.
+    known: name -> how to get it; builtin: the built-in one that stands in."""
     places = [Path(name), data / name, *(data / sub / name for sub in subfolders)] if name else []
     folders = [place for place in places if place.is_dir()]
-    for folder in folders:
-        found = recognise(folder)
-        if found is not None:
-            return found
-    if folders:
-        raise UserError(f"{folders[0]}: no {files} in it: not a {what}, or an incomplete one")
+    found = list(filter(None, map(recognise, folders)))
+    if found:
+        return found[0]
+    require(not folders, f"{', '.join(map(str, folders))}: no {files} in it: not a {what}")
     if name in known:
-        rule = "!" * 100
-        print(f"{rule}\n!!  Scene '{name}' is not under {data}: "
-              f"USING THE BUILT-IN SCENE '{builtin}' INSTEAD.\n!!  Numbers from this run are not "
-              f"numbers for {name}.  For the real one:  {known[name]}\n{rule}", file=sys.stderr)
+        print(f"\n!!! '{name}' is not under {data}: USING THE BUILT-IN SCENE '{builtin}' INSTEAD.\n"
+              f"!!! Numbers of this run are not numbers for {name}.\n"
+              f"!!! For the real one: {known[name]}\n", file=sys.stderr)
         return None
     there = [f for pattern in ("*", "*/*") for f in sorted(data.glob(pattern)) if f.is_dir()]
     listed = [f.relative_to(data).as_posix() for f in there if recognise(f) == f]
-    raise UserError(f"{what} {name!r} not found: no such folder, and under {data} there is "
+    raise UserError(f"{what} {name!r} not found: under {data} there is "
                     f"{', '.join(listed) or 'no ' + what}; built in: {builtin}; "
                     "give a path, --data, or one of these names")
 
@@ -1147,11 +1050,9 @@ def find_dataset(what: str, name: str, data: Path, subfolders, recognise: Callab
 # ------------------------------------------------------------------------------------ video scenes
 
 VIDEO_SCENES = {
-    "n3dv": ("coffee_martini", "cook_spinach", "cut_roasted_beef", "flame_salmon_1",
-             "flame_steak", "sear_steak"),
-    "meetroom": ("discussion", "trimming", "vrheadset"),
-    "panoptic_sports": ("basketball", "boxes", "football", "juggle", "softball", "tennis")}
-BUILTIN_VIDEOS = ("stage",)
+    "n3dv": "coffee_martini cook_spinach cut_roasted_beef flame_salmon_1 flame_steak sear_steak",
+    "meetroom": "discussion trimming vrheadset",
+    "panoptic_sports": "basketball boxes football juggle softball tennis"}
 
 
 @dataclass
@@ -1178,22 +1079,17 @@ class Video:
 
 def load_video(name: str, data: str | Path, size: int | None = None, frames: int | None = None,
                bg="grey") -> Video:
-    """Find a video (see find_dataset) and its cameras; video.read(t) reads frame t.
-
-    size: longer image side in pixels, None = as on disk. frames: the first so many, None = all.
-    """
+    """Find a video (see find_dataset) and its cameras; video.read(t) reads frame t. size: longer
+    image side in pixels, None = as on disk. frames: the first so many, None = all."""
     bg = background(bg)
     require(frames is None or frames >= 1, f"--frames {frames} must be at least 1")
     known = {video: f"put it at {Path(data) / sub / video}" for sub in VIDEO_SCENES
-             for video in VIDEO_SCENES[sub]}
-    folder = None if name in BUILTIN_VIDEOS else find_dataset(
+             for video in VIDEO_SCENES[sub].split()}
+    folder = None if name == "stage" else find_dataset(
         "video", name, Path(data), VIDEO_SCENES,
         lambda place: place if video_files(place) else None,
         "camNN.mp4, 0000/images or train_meta.json", known, "stage")
-    if folder is None:
-        return load_stage(size, frames, bg)
-    load = load_panoptic if (folder / "train_meta.json").is_file() else load_n3dv
-    return load(folder, size, frames, bg)
+    return load_stage(size, frames, bg) if folder is None else load_filmed(folder, size, frames, bg)
 
 
 def video_files(folder: Path) -> list[Path]:
@@ -1204,11 +1100,14 @@ def video_files(folder: Path) -> list[Path]:
     return meta or films or [f for f in there if f.name.isdigit() and (f / "images").is_dir()]
 
 
-def load_n3dv(folder: Path, size: int | None, frames: int | None, bg: Tensor) -> Video:
+def n3dv_cameras(folder: Path, frames: int | None) -> tuple:
     """Neural 3D Video, Meet Room: films camNN.mp4, or pictures 0000/images/ as StreamRF prepares
-    them; poses_bounds.npy, there or in 0000/, has a row a camera. In NDC; camera 0 is held out."""
-    files = [video_files(folder)]
-    path = folder / "poses_bounds.npy"
+    them; poses_bounds.npy, there or in 0000/, has a row a camera. In NDC; camera 0 is held out.
+
+    -> pictures files[t][v] or films files[0][v]; names; cameras held out; c2w (V, 3, 4); K of
+    pictures 1 wide and 1 high; sizes (w, h) that the cameras' file speaks of; aabb; near.
+    """
+    files, path = [video_files(folder)], folder / "poses_bounds.npy"
     if files[0][0].is_dir():
         path = path if path.is_file() else files[0][0] / path.name
         files = [image_files(frame / "images") for frame in files[0][:frames]]
@@ -1217,19 +1116,17 @@ def load_n3dv(folder: Path, size: int | None, frames: int | None, bg: Tensor) ->
     for t, row in enumerate(files):
         check_count(f"{folder}: frame {t}", len(row), "cameras", len(c2w), f"rows in {path.name}")
     K = torch.stack([_intrinsics(f / W, f / H, 0.5, 0.5) for H, W, f in hwf])
-    names = [file.stem for file in files[0]]
-    return _video(folder, "n3dv", files, size, frames, hwf[:, 1::-1], names, [0], c2w, K, NDC_BOX,
-                  0.0, bg)
+    return files, [file.stem for file in files[0]], [0], c2w, K, hwf[:, 1::-1], NDC_BOX, 0.0
 
 
-def load_panoptic(folder: Path, size: int | None, frames: int | None, bg: Tensor) -> Video:
-    """CMU Panoptic as Dynamic 3D Gaussians has it: train_meta.json, test_meta.json, ims/.
+def panoptic_cameras(folder: Path, frames: int | None) -> tuple:
+    """The same of CMU Panoptic as Dynamic 3D Gaussians has it: train_meta.json, test_meta.json.
 
     Its world: metres, y down, the floor at y = 0. The cameras stand on the wall of a dome, a sphere
     of radius 2.75 about (0, -1.355, 0), and see the wall behind the players, so the box holds it.
     Our world: (x, z, -y - 2.1) / 3, z up: the box is 6 m wide, from 0.15 m below the floor.
     """
-    splits, stated = [], []
+    splits = []
     for path in (folder / "train_meta.json", folder / "test_meta.json"):
         meta = read_json(path)
         with reading(path):
@@ -1237,38 +1134,34 @@ def load_panoptic(folder: Path, size: int | None, frames: int | None, bg: Tensor
         k = finite(meta.get("k"), (*fn.shape, 3, 3), path, "k")
         w2c = finite(meta.get("w2c"), (*fn.shape, 4, 4), path, "w2c")
         w, h = finite([meta.get("w"), meta.get("h")], (2,), path, "w, h")
-        require(min(w, h, k[..., 0, 0].min(), k[..., 1, 1].min()) > 0 and np.ptp(k, 0).max() < 1e-3
-                and np.ptp(w2c, 0).max() < 1e-5, f"{path}: w, h and focal lengths in k must be "
-                "positive, and k and w2c the same in each frame: cameras must stand still")
+        still = np.ptp(k, 0).max() < 1e-3 and np.ptp(w2c, 0).max() < 1e-5
+        require(still and min(w, h, k[..., 0, 0].min(), k[..., 1, 1].min()) > 0,
+                f"{path}: cameras must stand still, and w, h, focal lengths be positive: {AGAIN}")
         for pose in w2c[0]:
             check_pose(pose, path, "a w2c")
-        splits.append((fn, scale_K(k, 1 / w, 1 / h), w2c))
-        stated.append((w, h))
-    check_count(path, len(fn), "frames", len(splits[0][0]), "in train_meta.json")
-    first_test = splits[0][0].shape[1]
-    fn, K, w2c = (np.concatenate(both, 1) for both in zip(*splits))
-    files = [[folder / "ims" / name.replace("\\", "/") for name in row] for row in fn[:frames]]
-    names = [file.parent.name for file in files[0]]
+        splits.append((fn.T, scale_K(k[0], 1 / w, 1 / h), np.linalg.inv(w2c[0]), [(w, h)]))
+    with reading(path, "it must have as many frames as train_meta.json"):
+        fn, K, c2w, stated = map(np.concatenate, zip(*splits))
+    files = [[folder / "ims" / name.replace("\\", "/") for name in row] for row in fn.T[:frames]]
     world = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, -2.1]])    # (x, z, -y - 2.1)
-    c2w = torch.from_numpy(opengl(world @ np.linalg.inv(w2c[0]))).float()
+    c2w = torch.from_numpy(opengl(world @ c2w)).float()
     c2w[:, :, 3] /= 3
     aabb = torch.tensor([[-1.0, -1.0, -0.75], [1.0, 1.0, 0.75]])
     require((c2w[:, :, 3].abs() < aabb[1]).all(), f"{folder}: cameras stand outside of the dome: "
             "w2c must be in metres, with the floor at y = 0 and y down")
-    return _video(folder, "panoptic", files, size, frames, stated, names,
-                  list(range(first_test, len(names))), c2w, torch.from_numpy(K[0]).float(), aabb,
-                  0.1, bg)
+    names, test = [file.parent.name for file in files[0]], list(range(len(splits[0][0]), len(K)))
+    return files, names, test, c2w, torch.from_numpy(K).float(), stated, aabb, 0.1
 
 
-def _video(folder, kind, files, size, frames, stated, names, test, c2w, K, aabb, near, bg) -> Video:
-    """files[t][v]: pictures, or films files[0][v]. stated: sizes (w, h) that the cameras' file
-    speaks of; K: of pictures 1 wide and 1 high."""
+def load_filmed(folder: Path, size: int | None, frames: int | None, bg: Tensor) -> Video:
+    """A video from disk."""
+    panoptic = (folder / "train_meta.json").is_file()
+    cameras = panoptic_cameras if panoptic else n3dv_cameras
+    files, names, test, c2w, K, stated, aabb, near = cameras(folder, frames)
     films = [file for file in files[0] if file.suffix.lower() in (".mp4", ".mov")]
     pictures = frame_reader(films, files, size, bg)
-    shape = pictures(0).shape
-    H, W = shape[1:3]
-    require(all(same_shape((W, H), wh) for wh in stated), f"{folder}: pictures of {W}x{H} have not "
-            "the shape of which their cameras speak: they seem to be turned or cropped")
+    H, W = pictures(0).shape[1:3]
+    check_shapes(stated, W, H, folder)
     metas = [iio.immeta(film, plugin="FFMPEG") for film in films]
     counts = [round(meta["duration"] * meta["fps"]) for meta in metas] or [len(files)]
     if min(counts) < max(counts):
@@ -1277,19 +1170,15 @@ def _video(folder, kind, files, size, frames, stated, names, test, c2w, K, aabb,
     K = scale_K(K, W, H)
 
     def read(t):
-        _check_frame(folder, t, count)
+        require(0 <= t < count, f"{folder}: frame {t} does not exist: it has 0 to {count - 1}")
         images = pictures(t)
-        require(images.shape == shape, f"{folder}: frame {t} has another size: {AGAIN}")
+        require(images.shape[1:3] == (H, W), f"{folder}: frame {t} has another size: {AGAIN}")
         return Views(images, c2w, K, None, None, names)
 
-    train = [v for v in range(len(names)) if v not in test]
-    return Video(folder.resolve().name, kind, count, metas[0]["fps"] if films else 30.0, c2w, K, H,
-                 W, names, train, test, aabb, near, float((aabb[1] - aabb[0]).norm()), bg,
-                 kind == "n3dv", read)
-
-
-def _check_frame(where, t: int, count: int) -> None:
-    require(0 <= t < count, f"{where}: frame {t} does not exist: it has frames 0 to {count - 1}")
+    train, far = [v for v in range(len(names)) if v not in test], float((aabb[1] - aabb[0]).norm())
+    return Video(folder.resolve().name, "panoptic" if panoptic else "n3dv", count,
+                 metas[0]["fps"] if films else 30.0, c2w, K, H, W, names, train, test, aabb, near,
+                 far, bg, not panoptic, read)
 
 
 def frame_reader(films: list[Path], files: list[list[Path]], size: int | None, bg: Tensor):
@@ -1307,7 +1196,7 @@ def frame_reader(films: list[Path], files: list[list[Path]], size: int | None, b
         with reading(films[0].parent, "all films must have one size"):
             images = np.stack(next(itertools.islice(frames, t - following, None)))
         following = t + 1
-        H, W = images.shape[1:3]
+        _, H, W, _ = images.shape
         h, w = fit_size(H, W, size, films[0])
         down, right = area_weights(H, h), area_weights(W, w)
         images = [area_average(image / np.float32(255), down, right) for image in images]
@@ -1324,10 +1213,6 @@ def film_frames(file: Path) -> Iterator[np.ndarray]:
 
 
 # ------------------------------------------------------------------------- families of many scenes
-
-SRN_FAMILIES = ("srn_cars", "cars_train", "cars_val", "cars_test")
-BUILTIN_FAMILIES = ("cars",)
-
 
 @dataclass
 class Family:
@@ -1370,18 +1255,17 @@ class Family:
 
 
 def load_family(name: str, data: str | Path, size: int, bg="white", above: bool = True) -> Family:
-    """Find a family of scenes (see find_dataset); family.read(i) reads one.
-
-    above: leave out views from far below. Cameras stand 1.3 from the middle of [-0.5, 0.5]^3.
-    """
+    """Find a family of scenes (see find_dataset); family.read(i) reads one. above: leave out views
+    from far below. Cameras stand 1.3 from the middle of [-0.5, 0.5]^3."""
     require(size >= 1, f"--size {size} must be at least 1 pixel")
     aabb = torch.tensor([[-0.5] * 3, [0.5] * 3])
     cars = Family("cars", "builtin", range(100_000), size, 0.5, 2.1, aabb, background(bg), above)
     how = f"unpack cars_train.zip of Scene Representation Networks in {Path(data) / 'srn_cars'}"
-    folder = None if name in BUILTIN_FAMILIES else find_dataset(
+    folder = None if name == "cars" else find_dataset(
         "family", name, Path(data), ("srn_cars",),
         lambda place: next((f for f in (place, place / "cars_train") if srn_scenes(f)), None),
-        "folders with rgb/, pose/ and intrinsics.txt", dict.fromkeys(SRN_FAMILIES, how), "cars")
+        "folders with rgb/, pose/ and intrinsics.txt",
+        dict.fromkeys(("srn_cars", "cars_train", "cars_val", "cars_test"), how), "cars")
     if folder is None:
         return cars
     return replace(cars, name=folder.resolve().name, kind="srn", scenes=srn_scenes(folder))
@@ -1397,8 +1281,8 @@ def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
     """One scene of Scene Representation Networks: rgb/NAME.png, pose/NAME.txt, intrinsics.txt.
 
     A pose is a 4x4 camera to world with OpenCV axes. intrinsics.txt begins with `f cx cy` and ends
-    with `H W`, the size that these speak of (usually 512 beside pictures of 128). All is cropped to
-    the central square. The original pictures have an alpha of 1 everywhere: it becomes None.
+    with `H W`, the size that these speak of (usually 512 beside pictures of 128). Only squares are
+    read. The original pictures have an alpha of 1 everywhere, which becomes None.
     """
     files, poses = image_files(folder / "rgb"), list((folder / "pose").glob("[!.]*.txt"))
     check_count(folder, len(files), "pictures", len(poses), "poses")
@@ -1406,27 +1290,23 @@ def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
     for file in files:
         path = folder / "pose" / f"{file.stem}.txt"
         with reading(path):
-            words = path.read_text(encoding="utf-8-sig").split()
-        pose = finite(words, (16,), path, "a pose").reshape(4, 4)
+            pose = np.array(path.read_text(encoding="utf-8-sig").split(), float).reshape(4, 4)
         check_pose(pose, path, "it")
         if not above or pose[2, 3] > -0.5:
             used.append(file)
             c2w.append(opengl(pose))
-    require(len(used) > 1, f"{folder}: {len(used)} of {len(files)} views are used, two are needed: "
-            "one to train on, one to test")
+    require(len(used) > 1, f"{folder}: {len(used)} of {len(files)} views are used, two are needed")
     path = folder / "intrinsics.txt"
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").strip().splitlines()
         words = lines[0].split()[:3] + lines[-1].split()
     f, cx, cy, H, W = finite(words, (5,), path, "f cx cy, and H W in the last line,").tolist()
-    require(min(f, H, W) > 0, f"{path}: f, H and W must be positive: {AGAIN}")
-    side = min(H, W)
-    K = _intrinsics(f, f, cx - (W - side) / 2, cy - (H - side) / 2)
-    images, alpha, _ = read_images(used, size, bg, square=True)
-    if alpha is not None and alpha.min() == 1:
-        alpha = None
-    return Views(images, torch.tensor(np.stack(c2w)).float(), scale_K(K, size / side, size / side),
-                 alpha, None, [f"rgb/{file.name}" for file in used])
+    images, alpha, (rows, columns) = read_images(used, size, bg)
+    require(min(f, H) > 0 and H == W and rows == columns, f"{path}: f, H and W must be positive, "
+            f"and H = W; pictures must be square, not {columns}x{rows}")
+    K = scale_K(_intrinsics(f, f, cx, cy), size / W, size / H)
+    return Views(images, torch.tensor(np.stack(c2w)).float(), K, alpha, None,
+                 [f"rgb/{file.name}" for file in used])
 
 
 # --------------------------------------------------------------------------- occupancy grid
@@ -1435,58 +1315,37 @@ class OccupancyGrid(nn.Module):
     """Which cells of the box hold anything (Instant NGP's idea, nerfacc's rule).
 
     After an update:  ema = max(decay * ema, sigma * step) in the cells that were evaluated,
-                      occupied = ema > min(mean(ema), threshold).
+                      occupied = ema > min(mean(ema), 0.01).
     sigma * step is about the opacity of one sample. All cells are occupied until the first update.
-    Cell (i, j, k) of G^3 spans aabb[0] + (i..i+1, j..j+1, k..k+1) * (aabb[1] - aabb[0]) / G.
     """
-    def __init__(self, aabb: Tensor, resolution: int = 128, decay: float = 0.95,
-                 threshold: float = 0.01):
+    def __init__(self, aabb: Tensor, resolution: int = 128, decay: float = 0.95):
         super().__init__()
-        self.decay, self.threshold = decay, threshold
+        self.decay = decay
         self.register_buffer("aabb", aabb.clone())                                  # (2, 3)
         self.register_buffer("ema", torch.zeros(resolution, resolution, resolution))
         self.register_buffer("occupied", torch.ones_like(self.ema, dtype=torch.bool))
 
     @torch.no_grad()
-    def update(self, density_fn: Callable, step_size: float, warm: bool, generator=None) -> None:
+    def update(self, density_fn: Callable, step_size: float, warm: bool) -> None:
         """Evaluate density_fn, (n, 3) world positions -> (n,), at a random point of each chosen
         cell. warm: all cells; later a random quarter and at most as many occupied ones."""
-        G = len(self.ema)
-        options = {"device": self.ema.device, "generator": generator}
-        chosen = torch.full((G ** 3,), warm, device=self.ema.device)
+        G, device = len(self.ema), self.ema.device
+        chosen = torch.full((G ** 3,), warm, device=device)
         if not warm:
             quarter = G ** 3 // 4
-            drawn = torch.randint(G ** 3, (quarter,), **options)
+            chosen[torch.randint(G ** 3, (quarter,), device=device)] = True
             full = self.occupied.flatten().nonzero().squeeze(1)
             if len(full) > quarter:
-                full = full[torch.randint(len(full), (quarter,), **options)]
-            chosen[torch.cat([drawn, full])] = True
+                full = full[torch.randint(len(full), (quarter,), device=device)]
+            chosen[full] = True
         cells = chosen.nonzero().squeeze(1)
         corner = torch.stack([cells // G ** 2, cells // G % G, cells % G], -1)
-        u = (corner + torch.rand(len(cells), 3, **options)) / G
+        u = (corner + torch.rand(len(cells), 3, device=device)) / G
         x = self.aabb[0] + u * (self.aabb[1] - self.aabb[0])
         sigma = [density_fn(part).reshape(-1).float() for part in x.split(1 << 18)]
         ema = self.ema.view(-1)
         ema[cells] = torch.maximum(ema[cells] * self.decay, torch.cat(sigma) * step_size)
-        self.occupied.copy_(self.ema > self.ema.mean().clamp_max(self.threshold))
-
-
-# ------------------------------------------------------------------- truncated exponential
-
-class _TruncatedExp(torch.autograd.Function):
-    """exp(x) with the gradient cut at exp(15): one extreme sample must not spoil the whole table
-    (Instant NGP)."""
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx, d_y):
-        return d_y * ctx.saved_tensors[0].clamp(max=15).exp()
-
-
-truncated_exp = _TruncatedExp.apply
+        self.occupied.copy_(self.ema > self.ema.mean().clamp_max(0.01))
 
 
 # -------------------------------------------------------------- where samples stand on a ray
@@ -1514,8 +1373,7 @@ class OccupancySampler(nn.Module):
         samples = march(rays_o, rays_d, self.grid.occupied, self.grid.aabb, self.step, self.near,
                         self.far, jitter)
         if jitter is not None:                          # follows the present cost half-way
-            self.samples_per_ray *= max(len(samples[0]), 1) / len(rays_o)
-            self.samples_per_ray.sqrt_()
+            self.samples_per_ray.mul_(max(len(samples[0]), 1) / len(rays_o)).sqrt_()
         return samples
 
     def loss(self, weights: Tensor):
@@ -1526,9 +1384,8 @@ class ProposalSampler(nn.Module):
     """Two rounds of resampling by small density networks (mip-NeRF 360; nerfacc's PropNet).
 
     Round i places intervals by the weights of round i - 1 (at first equal ones), and network i
-    gives their densities, hence new weights. The field sees the intervals drawn from the last
-    weights, the same number on every ray. The networks learn from interlevel_loss alone.
-    Annealing (eq. 18): early weights are raised to a power below 1, as first guesses are wrong.
+    gives their new weights. The field sees n intervals drawn from the last weights. Annealing
+    (eq. 18): early weights are raised to a power below 1, as first guesses are wrong.
     """
     def __init__(self, scene: Scene, counts: tuple, n: int, steps: int):
         super().__init__()
@@ -1569,8 +1426,14 @@ class ProposalSampler(nn.Module):
         return sum(interlevel_loss(self.edges, weights, *proposal) for proposal in self.rounds)
 
 
+def truncated_exp(x: Tensor) -> Tensor:
+    """exp(x), its gradient cut at exp(15): one extreme sample must not spoil the whole table."""
+    slope = x.detach().clamp(max=15).exp()
+    return x.detach().exp() + slope * (x - x.detach())           # the second term is 0
+
+
 class ProposalDensity(nn.Module):
-    """Density of positions x (N, 3) in [0, 1]: a hash grid and an MLP that cost a tenth of a field."""
+    """Density of positions x (N, 3) in [0, 1]: a hash grid and an MLP, which cost little."""
     def __init__(self, finest: int):
         super().__init__()
         self.levels = hash_levels(5, 16, finest, 15)
@@ -1601,17 +1464,16 @@ def ray_weights(sigmas: Tensor, edges: Tensor) -> Tensor:
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None) -> Tensor:
     """n intervals a ray that lie as densely as the weights are large (inverse transform sampling).
 
-    edges (R, S+1), weights (R, S), jitter (R,) or None for 1/2 -> (R, n+1) edges, the first and
-    the last as before. The weights, blurred and raised by 0.01 (mip-NeRF, eq. 18), are a density,
-    constant on each interval, whose distribution function is inverted at (k + jitter - 1/2) / n.
-    Without the blur all samples crowd at the first guess of the surface, which then stays where it
-    is (lego, 500 steps: 25.7 dB instead of 26.8). No gradient.
+    edges (R, S+1), weights (R, S), jitter (R,) or None for 1/2 -> (R, n+1) edges, no gradient.
+    The weights, blurred and raised by 0.01 (mip-NeRF, eq. 18), are a density, constant on each
+    interval, whose distribution function is inverted at (k + jitter - 1/2) / n. Without the blur
+    all samples crowd at the first guess of the surface (lego, 500 steps: 1.1 dB less).
     Example: edges (0, 1, 2, 3), weights (0, 1, 0), n = 3: the blurred weights are (1/2, 1, 1/2)
     + 0.01, so the inner edges are about 1.17 and 1.83.
     """
-    w = weights.detach()
-    left, right = F.pad(w[:, :-1], (1, 0)), F.pad(w[:, 1:], (0, 1))
-    pdf = 0.5 * (torch.maximum(left, w) + torch.maximum(w, right)) + 0.01      # (R, S)
+    padded = F.pad(weights.detach(), (1, 1))
+    larger = torch.maximum(padded[:, 1:], padded[:, :-1])                      # of two neighbours
+    pdf = 0.5 * (larger[:, 1:] + larger[:, :-1]) + 0.01                        # (R, S)
     cdf = F.pad((pdf / pdf.sum(1, keepdim=True)).cumsum(1), (1, 0))            # (R, S+1)
     shift = 0.0 if jitter is None else jitter[:, None] - 0.5
     u = ((torch.arange(1, n, device=edges.device) + shift) / n).expand(len(edges), n - 1)
@@ -1626,8 +1488,7 @@ def interlevel_loss(edges: Tensor, weights: Tensor, p_edges: Tensor, p_weights: 
     """How far a proposal fails to bound the field's weights from above (mip-NeRF 360, eq. 13).
 
     bound_i = sum of the proposal's weights over its intervals that overlap interval i;
-    L = mean over rays of sum_i max(0, w_i - bound_i)^2 / w_i. A proposal that is too large costs
-    nothing: its interval may hold more than what interval i sees of it.
+    L = mean over rays of sum_i max(0, w_i - bound_i)^2 / w_i. A larger proposal costs nothing.
     edges (R, S+1), weights (R, S), p_edges (R, P+1), p_weights (R, P). Gradient to p_weights only.
     """
     sums, last = F.pad(p_weights.cumsum(1), (1, 0)), p_weights.shape[1]        # (R, P+1)
@@ -1672,7 +1533,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     moments under an 11x11 Gaussian window, sigma 1.5; mean over channels and places where it fits.
     """
-    require(min(a.shape[:2]) >= 11, f"SSIM: {_wh(a)} px, and 11x11 are needed: use a larger --size")
+    require(min(a.shape[:2]) >= 11, "SSIM needs 11x11 pixels or more: use a larger --size")
     window = torch.softmax(-0.5 * (torch.arange(-5, 6).to(a) / 1.5) ** 2, 0)     # its sum is 1
 
     def mean(x):                                                    # (H, W, 3) -> (3, 1, h, w)
@@ -1822,12 +1683,10 @@ def load_tensors(path: Path, *needed: str) -> dict:
 def environment() -> dict:
     """What a number depends on: versions, hardware, commit of this repository, date, command."""
     git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*"'
-    cpu = None
-    with contextlib.suppress(OSError, IndexError):          # not Linux
-        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"python": sys.version.split()[0], "torch": torch.__version__, "device": device,
-            "cpu": cpu, "threads": torch.get_num_threads(), "commit": subprocess.getoutput(git),
+            "cpu": subprocess.getoutput("grep -m 1 'model name' /proc/cpuinfo"),       # Linux only
+            "threads": torch.get_num_threads(), "commit": subprocess.getoutput(git),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv}
 
 
@@ -1837,26 +1696,24 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """The inverse of random_state(), for the GPUs that are there."""
     torch.set_rng_state(state["cpu"])
     torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
 
 
 def peak_memory_mb(device="cpu") -> float:
-    """Largest memory so far [MiB]: PyTorch's on CUDA, the process's on a CPU (Windows: nan)."""
+    """Largest memory so far [MiB]: PyTorch's on CUDA, else the process's (nan if not on Linux)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    with contextlib.suppress(ImportError):
-        import resource
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return largest / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-    return math.nan
+    if sys.platform != "linux":
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
 
 
 def tensorboard(folder):
-    """A SummaryWriter, or UserError where TensorBoard is not installed."""
     with reading("--tensorboard", "pip install tensorboard, or leave the flag away"):
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter(folder)
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(folder)
 
 
 def describe_views(scene) -> Tensor:
@@ -1900,14 +1757,12 @@ class Progress:
 
 
 def check_finite(loss: Tensor, step: int) -> None:
-    """Raise UserError if `loss` is NaN or infinite."""
     require(loss.isfinite(), f"loss is not finite at step {step}; the last checkpoint is kept: "
                              "lower the learning rate, then --resume")
 
 
 def check_not_empty(opacity: Tensor, step: int, advice: str) -> None:
-    """Raise UserError if rays (R,) see next to nothing: mean accumulated opacity below 1/1000. On a
-    background of the pictures' own colour an empty field has no gradient, and stays as it is."""
+    """opacity: of rays (R,). An empty field on the pictures' own background has no gradient."""
     require(opacity.mean() >= 1e-3, f"the field is empty at step {step} (mean opacity "
                                     f"{opacity.mean():.1e}) and will stay so: {advice}")
 
@@ -1920,13 +1775,13 @@ class Run:
         self.identity = {"method": method, "scene": scene}
         self.args = to_json({**args, "resume": False, "eval_only": False})
         self.path = Path(out or f"runs/{method}-{scene}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        found = [name for name in ("args.json", "ckpt.pt") if (self.path / name).exists()]
-        self.resumed = "ckpt.pt" in found and (resume or eval_only)
-        require(resume or eval_only or not found, f"{self.path}: already holds a run: --resume to "
-                                                  "continue it, or another --out")
-        require(self.resumed or not eval_only, f"{self.path}: no ckpt.pt to evaluate: check --out")
-        require(found or not resume, f"{self.path}: no ckpt.pt to resume: check --out")
+        begun, saved = ((self.path / name).exists() for name in ("args.json", "ckpt.pt"))
+        self.resumed = saved and (resume or eval_only)
         if not self.resumed:
+            require(not eval_only, f"{self.path}: no ckpt.pt to evaluate: check --out")
+            require(begun or not resume, f"{self.path}: no ckpt.pt to resume: check --out")
+            require(resume or not begun and not saved,
+                    f"{self.path}: already holds a run: add --resume, or give another --out")
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "env.json", environment())
             self.rewind(-1)
@@ -1953,17 +1808,16 @@ class Run:
 
     def load(self, expect: dict) -> dict:
         """Read ckpt.pt, which must be of this method, this scene's name, and these flags."""
-        path = self.path / "ckpt.pt"
-        state = load_tensors(path, "args")
+        state = load_tensors(self.path / "ckpt.pt", "args")
         for name, now in {**self.identity, **expect, **self.identity}.items():
             before = state["args"].get(name, "not set")
-            require(before == now, f"{path}: of another run: {name} was {before}, now {now}: give "
-                                   f"the same {name}, or another --out")
+            require(before == now, f"{self.path}: of another run: {name} was {before}, now {now}: "
+                                   "give the same, or another --out")
         return state
 
 
 class TrainingRun(Run):
-    """A training run: its folder, checkpoints, clock, progress line, evaluations and logs.
+    """Folder, checkpoints, clock, progress line, evaluations and logs of a training run:
 
         run = TrainingRun("my_method", scene, args)
         for step in run.loop({"field": field, "optimiser": optimiser}, evaluate):
@@ -1971,13 +1825,13 @@ class TrainingRun(Run):
             run.log(loss=loss, opacity=opacity.mean())
         run.finish()
 
-    scene: a Scene, whose views are compared with the checkpoint's, or a name. free: flags that may
-    differ from the checkpoint's; --steps may grow.
+    scene: a Scene, or a name. free: flags that may differ from the checkpoint's; --steps may grow.
     """
     def __init__(self, method: str, scene, args: RunArgs, free: Iterable[str] = ("lr",)):
         if args.video:
             with reading("--video", 'pip install "imageio[ffmpeg]", or leave the flag away'):
-                importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+                import imageio_ffmpeg
+                imageio_ffmpeg.get_ffmpeg_exe()
         name = getattr(scene, "name", scene)
         super().__init__(method, name, args.out, asdict(args), args.resume, args.eval_only)
         self.flags, self.clock = args, Stopwatch(args.device)
@@ -1995,8 +1849,7 @@ class TrainingRun(Run):
         require(before == args.steps or before < args.steps and not saved["finished"],
                 f"{self.path}: of another run: steps was {before}, now {args.steps}: give no less")
         same = views.shape == self.views.shape and torch.allclose(views, self.views, 1e-3, 1e-3)
-        require(same, f"{self.path}: of another scene of the same name, with other views: give the "
-                      "path of its own as --scene, or another --out")
+        require(same, f"{self.path}: of another scene of the same name: give its path as --scene")
         self.step, self._finished, self._saved = saved["step"], saved["finished"], saved
         self.clock.seconds = saved["seconds"]
         self.count(saved["counts"])
@@ -2007,10 +1860,9 @@ class TrainingRun(Run):
              stage: str = "training", empty: str = "use a lower --lr, or another --seed"):
         """The numbers, from 0, of the steps that are left; none with --eval-only.
 
-        parts: what a checkpoint holds, by name: dicts of plain values and tensors, or what has
-        state_dict(). evaluate(views, pictures) -> scores of so many evenly spaced test views
-        (None: all); pictures: None, or the folder for some. empty: advice for an empty field.
-        steps: if not --steps. stage: name of this loop, where a run has several.
+        parts: name -> a dict of plain values and tensors, or what has state_dict().
+        evaluate(views, pictures) -> scores of so many test views (None: all); pictures: None, or
+        the folder for some. empty: advice for an empty field, whose logged `opacity` is almost 0.
         """
         if stage in self._finished:
             return
@@ -2039,8 +1891,7 @@ class TrainingRun(Run):
         self._finished.append(stage)
 
     def log(self, **values) -> None:
-        """Tensors or numbers of this step, for the progress line. The run stops if `loss` is not
-        finite, or if `opacity`, the mean of the rays', is next to nothing at an evaluation."""
+        """Tensors or numbers of this step; a `loss` that is not finite ends the run."""
         self._values.update((name, torch.as_tensor(x).detach()) for name, x in values.items())
 
     def finish(self, **more) -> dict:
@@ -2078,8 +1929,7 @@ class TrainingRun(Run):
         with torch.no_grad():
             self.scores = evaluate(views, pictures)
         for name, value in self.scores.items():
-            require(value == value, f"{self.path}: {name} is not a number after {self.step} steps: "
-                                    "look for a broken test view, or lower the learning rate")
+            require(value == value, f"{name} is not a number after {self.step} steps: lower --lr")
 
     def _save(self, parts: dict, stage: str, step: int) -> None:
         """A line of metrics.jsonl, and a checkpoint."""
@@ -2106,13 +1956,11 @@ class Compare:
     """Run folders."""
     curves: Path | None = None
     """FILE.svg: held-out PSNR against steps, rays, samples and training seconds; a line a seed."""
-    keys: list[str] = field(default_factory=list)
-    """More numbers of summary.json to show (entropy_bits, ...)."""
 
     def __call__(self) -> None:
         require(self.runs, "compare needs a run folder: python common.py compare runs/A runs/B")
         groups = read_runs(self.runs)
-        say(compare(groups, self.keys))
+        say(compare(groups))
         if self.curves:
             with reading(self.curves, "choose another file"):
                 self.curves.write_text(draw_curves(groups), encoding="utf-8")
@@ -2141,20 +1989,20 @@ def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
     return None
 
 
-def compare(groups: dict, keys: list[str]) -> str:
+def compare(groups: dict) -> str:
     """The table: numbers of summary.json, and what it costs to get to the first row's PSNR."""
     decimals = {"method": 0, "scene": 0, "data": 0, "size": 0, "steps": 0, "train_seconds": 1,
-                "peak_memory_mb": 0, "psnr": 2, "ssim": 4, **dict.fromkeys(keys, 3)}
+                "peak_memory_mb": 0, "psnr": 2, "ssim": 4}
     first = [curve[-1]["psnr"] for _, curve in next(iter(groups.values())) if curve]
     costs = ("step", "train_seconds") if first else ()
     titles = ["run", "seeds", *decimals, *(f"{cost} to {np.mean(first):.2f} dB" for cost in costs)]
     table = [titles, ["---"] * len(titles)]
     for name, group in groups.items():
-        numbers = [cell([summary.get(key) for summary, _ in group], digits)
-                   for key, digits in decimals.items()]
-        reached = [cell([cost_to_reach(curve, np.mean(first), cost) for _, curve in group], 1)
-                   for cost in costs]
-        table.append([name, str(len(group)), *numbers, *reached])
+        row = [cell([summary.get(key) for summary, _ in group], digits)
+               for key, digits in decimals.items()]
+        row += [cell([cost_to_reach(curve, np.mean(first), cost) for _, curve in group], 1)
+                for cost in costs]
+        table.append([name, str(len(group)), *row])
     return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
@@ -2172,7 +2020,6 @@ def cell(values: list, decimals: int) -> str:
 
 
 def draw_curves(groups: dict) -> str:
-    """SVG text: held-out PSNR against steps, rays, samples and training seconds, a line a run."""
     panels = {}
     for cost in ("step", "rays", "samples", "train_seconds"):
         curves = {name: [[(line[cost], line["psnr"]) for line in curve if cost in line]
@@ -2183,6 +2030,9 @@ def draw_curves(groups: dict) -> str:
     return draw_panels(panels)
 
 
+MIRROR = "https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/resolve/main/blender"
+
+
 @dataclass
 class Download:
     """Fetch a Blender scene into DATA/nerf_synthetic/SCENE."""
@@ -2190,33 +2040,22 @@ class Download:
     """Name of the scene."""
     data: Path = Path(RunArgs.data)
     """The data folder; default: the environment variable NERF_DATA, else data."""
-    url: str | None = None
-    """A zip archive to take instead of the public mirror's."""
 
     def __call__(self) -> None:
-        folder = self.data / "nerf_synthetic" / self.scene
+        folder, url = self.data / "nerf_synthetic" / self.scene, f"{MIRROR}/{self.scene}.zip"
         require(not folder.exists(), f"{folder}: is there already: remove it first")
-        url = self.url or ("https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/"
-                           f"resolve/main/blender/{self.scene}.zip")
-        with reading(url, "check --url, --data, the network and the free space"):
+        say(f"fetching {url}")
+        request = urllib.request.Request(url, headers={"User-Agent": "python"})
+        with reading(url, "check --data, the network and the free space"):
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                archive = zipfile.ZipFile(io.BytesIO(reply.read()))
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
-                fetch(url, Path(temp), folder)
-        say(f"\n{folder} is ready")
-
-
-def fetch(url: str, temp: Path, folder: Path) -> None:
-    """Unpack the zip archive at `url` in `temp`, and move the scene in it to `folder`."""
-    request = urllib.request.Request(url, headers={"User-Agent": "python"})
-    with urllib.request.urlopen(request, timeout=60) as reply, open(temp / "zip", "wb") as file:
-        while block := reply.read(1 << 20):
-            file.write(block)
-            say(f"\r{file.tell() / 1e6:.1f} MB", end="")
-    with zipfile.ZipFile(temp / "zip") as archive:
-        archive.extractall(temp / "all")              # never outside it; checks every file's CRC
-    found = list(temp.rglob("transforms_train.json"))
-    require(len(found) == 1, f"{url}: {len(found)} files transforms_train.json in it, not one")
-    os.replace(found[0].parent, folder)
+                archive.extractall(temp)      # never outside it; checks the CRC of every file
+                found = list(Path(temp).rglob("transforms_train.json"))
+                require(len(found) == 1, f"{url}: {len(found)} files transforms_train.json in it")
+                os.replace(found[0].parent, folder)
+        say(f"{folder} is ready")
 
 
 COMMANDS = Compare | Download

@@ -406,6 +406,8 @@ def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask
         pixel = draw(rays)
         out = render(grid, cells, *training_rays(video, pixel), video, args.stop, mask)
         loss = (out["rgb"] - truth[pixel]).square().mean()
+        if is_opaque(video):        # what a background drawn at random from [0, 1] adds on average
+            loss = loss + (1 - out["acc"]).square().mean() / 12
         check_finite(loss, k)
         with torch.no_grad():
             grad, = torch.autograd.grad(loss, values)
@@ -419,12 +421,35 @@ def tune(grid: Grid, video, truth: Tensor, steps: int, rays: int, lr, args, mask
     return steps * rays
 
 
+def is_opaque(video) -> bool:
+    """Whether each ray ends on something. Pictures without alpha say so, and only built-in ones have
+    it. Their background must not matter, else the field leaves out what has its colour."""
+    return video.kind != "builtin"
+
+
+def shell(shape, ndc: bool) -> Tensor:
+    """(X, Y, Z) bool: the outermost points, on which rays end; in NDC not those at the near plane."""
+    points = torch.zeros(*shape, dtype=torch.bool)
+    for axis in range(3):
+        first = 1 if ndc and axis == 2 else 0
+        for side in (0, -1)[first:]:
+            points.select(axis, side)[:] = True
+    return points
+
+
 def from_scratch(video, truth: Tensor, args) -> tuple[Grid, int]:
-    """A frame without a past, coarse to fine: -> grid, rays used.  Source: Plenoxels section 3.4."""
+    """A frame without a past, coarse to fine: -> grid, rays used.  Source: Plenoxels section 3.4.
+
+    Ours: for pictures without alpha the box starts with opaque sides, so that what rays see behind
+    everything else is painted there and not left to the background.
+    """
     parts = args.halvings + 1
     shape = [side >> args.halvings for side in args.lattice]
     start = torch.zeros(math.prod(shape), 1 + 3 * (args.degree + 1) ** 2, device=truth.device)
     start[:, 0] = 0.1
+    if is_opaque(video):
+        voxel = (video.aabb[1] - video.aabb[0]) / torch.tensor(shape, device=truth.device)
+        start[shell(shape, video.ndc).flatten(), 0] = 6 / float(voxel.max())    # exp(-6 / 2) passes
     grid, used = grid_from(torch.ones(shape, dtype=torch.bool, device=truth.device), start), 0
     for part in range(parts):
         if part:

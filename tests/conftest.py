@@ -1,4 +1,5 @@
-"""Tiny tensors gain nothing from threads, and idle OpenMP threads spin: one thread here and in the processes that tests start."""
+"""What all tests share. Tiny tensors gain nothing from threads, and idle OpenMP threads spin, so
+there is one thread here and in the processes that tests start."""
 import json
 import math
 import os
@@ -61,7 +62,7 @@ def tiny(tmp_path_factory):
 
 
 def command(script, monkeypatch, capsys, *words):
-    """Exit status, stdout and stderr of `python SCRIPT.py WORDS`, in this process. script: the imported method."""
+    """Exit status, stdout and stderr of `python SCRIPT.py WORDS`, run in this process."""
     import common
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
@@ -77,7 +78,8 @@ def assert_refused(outcome, *named):
     """Status 2, and one line on stderr, without a traceback, that names these words."""
     status, _, complaint = outcome
     assert status == 2, outcome
-    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: ") and "Traceback" not in complaint, complaint
+    assert len(complaint.splitlines()) == 1 and complaint.startswith("error: "), complaint
+    assert "Traceback" not in complaint, complaint
     for word in named:
         assert str(word) in complaint, complaint
 
@@ -106,7 +108,8 @@ def lines(path):
 
 def content(folder):
     """Every file below a folder, with its bytes: equal before and after, nothing was harmed."""
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def words_of(flags):
@@ -126,14 +129,16 @@ def words_of(flags):
 
 
 def write_llff(folder, n=9, H=12, W=16):
-    """A forward-facing scene in the LLFF layout: cameras on a line, all looking along -z of the world, pictures of smooth colours."""
-    import imageio.v3 as iio                              # after OMP_NUM_THREADS is set, which numpy's library reads too
+    """A scene in the LLFF layout: cameras on a line, all looking along -z, smooth colours."""
+    import imageio.v3 as iio                              # after OMP_NUM_THREADS is set
     import numpy as np
     (folder / "images_4").mkdir(parents=True)
     rows = []
     for v in range(n):
         y, x = np.mgrid[:H, :W]
-        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8))
-        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]], -1)
+        image = np.stack([x * 15, y * 20, 0 * x + 100], -1).astype(np.uint8)
+        iio.imwrite(folder / "images_4" / f"im{v:03d}.png", image)
+        position, hwf = [0.1 * v, 0.0, 0.0], [H * 4, W * 4, 100.0]
+        matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], position, hwf], -1)
         rows.append([*matrix.ravel(), 2.0, 50.0])
     np.save(folder / "poses_bounds.npy", np.array(rows))

@@ -160,6 +160,7 @@ def test_killed_run_resumed_ends_bit_equal(method, undisturbed, tmp_path, monkey
 def test_eval_only_says_the_same_and_harms_nothing(method, undisturbed, monkeypatch, capsys):
     before = content(undisturbed)
     (undisturbed / "test_000.png").unlink()
+    (undisturbed / "summary.json").unlink()
     change_log(monkeypatch, None)                            # a training step would fail
     assert run(method, monkeypatch, capsys, undisturbed, "--eval-only")[0] == 0
     after = content(undisturbed)
@@ -193,6 +194,7 @@ def test_occupied_folder(method, undisturbed, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, bad, line", [("loss", math.nan, "not finite at step 3"),
+                                             ("loss", math.inf, "not finite at step 3"),
                                              ("opacity", 0.0, "field is empty at step 4")])
 def test_a_bad_step_keeps_the_last_checkpoint(method, undisturbed, tmp_path, monkeypatch, capsys,
                                               name, bad, line):
@@ -205,6 +207,7 @@ def test_a_bad_step_keeps_the_last_checkpoint(method, undisturbed, tmp_path, mon
     for flag in re.findall(r"--([a-z-]+)", outcome[2]):      # the advice names flags that exist
         assert hasattr(method.script.Args(), flag.replace("-", "_")), flag
     assert torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["step"] == 2
+    assert [line["step"] for line in lines(tmp_path / "a/metrics.jsonl")] == [2]
     train(method, tmp_path / "a", resume=True)
     assert_same_run(tmp_path / "a", undisturbed)
 

@@ -177,6 +177,7 @@ def test_schedule_and_cost_of_the_proposals():
     """Annealing: 10 s / (9 s + 1) with s = step / steps. Every ray costs as much as any other."""
     sampler, rays = ProposalSampler(SCENE, (4, 3), 5, steps=1000), some_rays(3)
     rays[1][1].neg_()                                        # it looks away
+    rays[1].requires_grad_()                                 # as in soft_mining: not through edges
     for step, power, learn in ((0, 0, True), (63, None, True), (65, None, False), (66, None, True),
                                (100, 1 / 1.9, True), (995, None, True), (1000, 1, True),
                                (999, None, False)):
@@ -184,6 +185,7 @@ def test_schedule_and_cost_of_the_proposals():
         assert sampler.learn == learn and power in (None, pytest.approx(sampler.power))
     t_starts, t_ends, offsets, ray = sampler.sample(*rays, torch.rand(3))
     assert sampler.loss(None) == 0.0 and not sampler.rounds[0][1].requires_grad
+    assert not t_starts.requires_grad and not t_ends.requires_grad
     assert torch.equal(ray, torch.arange(15) // 5) and offsets.tolist() == [0, 5, 10, 15]
     assert ((t_ends > t_starts).view(3, 5) == torch.tensor([[True], [False], [True]])).all()
 

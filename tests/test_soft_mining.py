@@ -520,7 +520,6 @@ def test_behind_the_rays_of_photographs_stand_the_targets_of_other_rays():
 
 def test_saturated_colours_are_named(capsys):
     rgbs, weights = torch.tensor([[0.0, 1.0, 1.0], [0.5, 0.5, 0.5]]), torch.tensor([3.0, 1.0])
-    assert common.saturated_share(rgbs, weights) == pytest.approx(0.75)
     common.check_colours(rgbs, weights, torch.full((9, 3), 0.5))
     assert "note: 75% of the visible colours are saturated, 0% in" in capsys.readouterr().err
     common.check_colours(rgbs, weights, torch.full((9, 3), 1.0))         # so are the pictures
@@ -534,10 +533,9 @@ def photographs():
                         (6, 1, 6))
     ball = common.Shape(common.BALL, (0.1, 0, 0.1), (0.35,) * 3, common.RED, common.WHITE)
     crate = common.Shape(common.BOX, (-0.3, 0.2, -0.3), (0.2, 0.2, 0.3), common.GREEN)
-    poses = [common.orbit_pose(math.radians(a - 90), math.radians(e), 3.0)
-             for e in (-12, 0, 12) for a in (-20, -10, 0, 10, 20)]
-    names = [str(v) for v in range(15)]
-    views = common.render([wall, ball, crate], poses, 2.0, 24, torch.zeros(3), names)[0]
+    cameras = {f"{e} {a}": common.orbit_pose(math.radians(a - 90), math.radians(e), 3.0)
+               for e in (-12, 0, 12) for a in (-20, -10, 0, 10, 20)}
+    views = common.render([wall, ball, crate], cameras, 2.0, 24, torch.zeros(3))[0]
     assert (views.alpha == 1).all()
     views = replace(views, alpha=None)
     train = common.pick_views(views, [*range(6), 7, *range(9, 15)])

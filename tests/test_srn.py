@@ -64,23 +64,26 @@ def test_few_views_are_split_sensibly(tmp_path, n, kept, held_out):
     assert not set(test.names) & set(train.names)
 
 
-@pytest.mark.parametrize("H, W, stated, f", [
-    (6, 10, "6 10", "7.0 5.4 2.9"),
-    (6, 10, "60 100", "70 54 29"),
-    (10, 6, "600 600", "700 340 290")])                     # usual: it speaks of the square
-def test_pictures_are_cropped_to_a_square_and_averaged(tmp_path, H, W, stated, f):
-    pixels, _ = write_srn(tmp_path / "one", n=4, H=H, W=W, channels=4, stated=stated, f=f)
+@pytest.mark.parametrize("stated, f", [("6 6", "7.0 3.4 2.9"), ("60 60", "70 34 29")])
+def test_pictures_are_averaged(tmp_path, stated, f):
+    pixels, _ = write_srn(tmp_path / "one", n=4, H=6, W=6, channels=4, stated=stated, f=f)
     views = all_views(tmp_path, 3, bg="black")
-    square = (pixels[:, :, 2:8] if W > H else pixels[:, 2:8]) / 255
-    square[..., :3] *= square[..., 3:]
-    mean = square.reshape(4, 3, 2, 3, 2, 4).mean((2, 4))
+    pixels = pixels / 255
+    pixels[..., :3] *= pixels[..., 3:]
+    mean = pixels.reshape(4, 3, 2, 3, 2, 4).mean((2, 4))
     assert np.allclose(views.images, mean[..., :3], atol=1e-6)
     assert np.allclose(views.alpha, mean[..., 3], atol=1e-6)
-    cx = 5.4 - 2 if W > H else 3.4                          # in pixels of the square
-    K = torch.tensor([[3.5, 0, cx / 2], [0, 3.5, 2.9 / 2], [0, 0, 1]])
+    K = torch.tensor([[3.5, 0, 1.7], [0, 3.5, 1.45], [0, 0, 1]])
     assert torch.allclose(views.K, K.expand(4, 3, 3))
     grey = all_views(tmp_path, 3, bg="grey").images
     assert torch.allclose(grey, views.images + 0.5 * (1 - views.alpha[..., None]), atol=1e-6)
+
+
+def test_pictures_that_are_not_square_are_refused(tmp_path):
+    for name, H, W, stated in (("a", 6, 10, "512 512"), ("b", 8, 8, "60 100")):
+        write_srn(tmp_path / name / "one", n=4, H=H, W=W, stated=stated)
+        with pytest.raises(UserError, match=f"{name}/one/intrinsics.txt.* must be square"):
+            all_views(tmp_path / name, 6)
 
 
 @pytest.mark.parametrize("value", [255, 254])
@@ -162,22 +165,22 @@ def cut(folder):
 WIDE = np.zeros((8, 10, 3), np.uint8)
 NUMBERS = "intrinsics.txt: f cx cy, and H W in the last line, must be 5 finite numbers"
 MALFORMED = [
-    (without("intrinsics.txt"), "intrinsics.txt: cannot be read (No such file"),
+    (without("intrinsics.txt"), "intrinsics.txt: not usable (No such file"),
     (text("intrinsics.txt", lambda _: ""), "intrinsics.txt: not usable (IndexError"),
     (text("intrinsics.txt", lambda old: old.replace("512 512", "512")), NUMBERS),
     (text("intrinsics.txt", lambda old: old.replace("525.0", "nan")), NUMBERS),
     (text("intrinsics.txt", lambda old: old.replace("525.0", "0")), "f, H and W must be positive"),
-    (text("pose/000001.txt", lambda old: old[:-4]), "000001.txt: a pose must be 16 finite"),
-    (text("pose/000001.txt", lambda old: "x" + old), "000001.txt: a pose must be 16 finite"),
+    (text("pose/000001.txt", lambda old: old[:-4]), "000001.txt: not usable (ValueError"),
+    (pose(lambda m: m * [np.nan, 1, 1, 1]), "000001.txt: it is not a rotation"),
     (pose(lambda m: m * [-1, 1, 1, 1]), "000001.txt: it is not a rotation"),
     (pose(lambda m: m.T), "000001.txt: it is not a rotation and a shift"),
     (without("pose/000001.txt"), "6 pictures, but 5 poses"),
     (without("rgb/000001.png"), "5 pictures, but 6 poses"),
-    (lambda f: (f / "rgb/000001.png").rename(f / "rgb/1.png"), "pose/1.txt: cannot be read (No"),
+    (lambda f: (f / "rgb/000001.png").rename(f / "rgb/1.png"), "pose/1.txt: not usable (No"),
     (without("*/*"), "0 of 0 views are used, two are needed"),
     (without("*/00000[1245].*"), "1 of 2 views are used, two are needed"),
-    (cut, "000002.png: cannot be read ("),
-    (lambda f: iio.imwrite(f / "rgb/000002.png", WIDE), "rgb/000002.png: 10x8 px"),
+    (cut, "000002.png: not usable ("),
+    (lambda f: iio.imwrite(f / "rgb/000002.png", WIDE), "rgb/000002.png: not 8x8 px"),
 ]
 
 

@@ -1635,6 +1635,26 @@ def test_a_film_in_which_nothing_moves(tmp_path, monkeypatch):
     assert all(frame["bytes"] < 60 and frame["psnr"] == summary["per_frame"][0]["psnr"] for frame in summary["per_frame"][1:])
 
 
+def test_pictures_without_alpha_need_no_background(film):
+    """Cameras in a room with grey walls, before a grey background: the walls must not be left out."""
+    directions = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0)]
+    c2w = torch.tensor(np.stack([common.look_at((0, 0, 0), d) for d in directions])).float()
+    video = replace(film[0], kind="panoptic", c2w=c2w, train=[0, 1, 2], test=[3], near=0.1)
+    grid, _ = sr.from_scratch(video, torch.full((3 * 24 * 24, 3), 0.5), small())
+    for background in ("white", "black"):
+        seen = sr.picture(grid, replace(video, bg=common.background(background)), 0, small())
+        assert (seen["rgb"] - 0.5).abs().mean() < 0.02
+    with pytest.raises(UserError, match="no voxel"):        # with alpha, nothing is there
+        sr.from_scratch(replace(video, kind="builtin"), torch.full((3 * 24 * 24, 3), 0.5), small())
+
+
+@pytest.mark.parametrize("ndc", [False, True])
+def test_the_shell_is_where_rays_end(ndc):
+    x, y, z = torch.meshgrid(torch.arange(4), torch.arange(5), torch.arange(6), indexing="ij")
+    sides = (x == 0) | (x == 3) | (y == 0) | (y == 4) | (z == 5)
+    assert torch.equal(sr.shell((4, 5, 6), ndc), sides if ndc else sides | (z == 0))
+
+
 def test_an_empty_frame_is_the_background(film):
     video = film[0]
     empty = grid_from(torch.zeros(8, 8, 8, dtype=torch.bool), torch.zeros(0, 13))

@@ -131,7 +131,7 @@ def test_films_shrink_like_pictures(clip):
     assert torch.allclose(half.K[:, :2], full.K[:, :2] / 2)
     mean = full.read(1).images.reshape(14, 16, 2, 16, 2, 3).mean((2, 4))
     assert torch.allclose(half.read(1).images, mean, atol=1e-5)
-    with pytest.raises(UserError, match="smaller than --size 33"):
+    with pytest.raises(UserError, match="--size 33 must be 1 to"):
         common.load_video(str(clip[0]), ".", size=33)
 
 
@@ -230,19 +230,18 @@ def cut(path, size):
 
 SMALL = np.zeros((8, 8, 3), np.uint8)
 BAD_N3DV = [
-    (lambda f: (f / "poses_bounds.npy").unlink(), "poses_bounds.npy: cannot be read"),
-    (rows(lambda a: a[:, :16]), "Nx17 finite numbers"),
+    (lambda f: (f / "poses_bounds.npy").unlink(), "poses_bounds.npy: not usable"),
+    (rows(lambda a: a[:, :16]), "x17 finite numbers"),
     (rows(lambda a: a[:2]), "3 cameras, but 2 rows in poses_bounds.npy"),
     (rows(lambda a: a * np.where(np.arange(17) == 4, 2, 1)), "turned or cropped"),
     (rows(lambda a: a[:1]), "one camera only"),
     (lambda f: cut(f / "cam01.mp4", 1500), "cam01.mp4: not usable (EOFError: the film is broken"),
-    (lambda f: cut(f / "cam02.mp4", 0), "cam02.mp4: not usable (EOFError: the film is broken"),
     (wide_film, "all films must have one size"),
     (lambda f: [film.unlink() for film in f.glob("*.mp4")], "no camNN.mp4"),
     (in_frames(lambda f: (f / "0001/images/cam01.png").unlink()), "frame 1: 2 cameras, but 3 rows"),
-    (in_frames(lambda f: (f / "poses_bounds.npy").unlink()), "0000/poses_bounds.npy: cannot be"),
+    (in_frames(lambda f: (f / "poses_bounds.npy").unlink()), "0000/poses_bounds.npy: not usable"),
     (in_frames(lambda f: cut(f / "0001/images/cam01.png", 300)), "0001/images/cam01.png: "),
-    (in_frames(lambda f: iio.imwrite(f / "0001/images/cam01.png", SMALL)), "cam01.png: 8x8 px"),
+    (in_frames(lambda f: iio.imwrite(f / "0001/images/cam01.png", SMALL)), "cam01.png: not 32x32"),
     (in_frames(lambda f: [iio.imwrite(p, SMALL) for p in (f / "0001/images").iterdir()]),
      "frame 1 has another size"),
 ]
@@ -252,17 +251,6 @@ BAD_N3DV = [
 def test_malformed_n3dv(short, mutate, named):
     mutate(short)
     refused(short, named)
-
-
-def test_a_film_that_ends_early(short):
-    """More frames are promised than can be decoded."""
-    video = common.load_video(str(short), ".")
-    frames = iio.imread(short / "cam01.mp4")
-    video.read(1)
-    iio.imwrite(short / "cam01.mp4", frames[:2], fps=25, macro_block_size=1)
-    video.read(0)                               # starts again, with the shorter film
-    with pytest.raises(UserError, match="cam01.mp4: .*ends before the frame that is asked for"):
-        video.read(2)
 
 
 def test_without_ffmpeg(clip, monkeypatch):
@@ -286,11 +274,10 @@ def write_panoptic(folder, T=3, train=(1, 2, 4, 10), test=(0, 3), H=6, W=8):
         c2w = common.look_at(place, (0, -1, 0), (0, -1, 0))
         R = (c2w[:, :3] * [1, -1, -1]).T
         w2c[cam] = np.vstack([np.c_[R, -R @ c2w[:, 3]], [0, 0, 0, 1]])
-    for split, cams in (("train", train), ("test", test)):
+    for split, cams, slash in (("train", train, "/"), ("test", test, "\\")):      # as on Windows
         k = [[[10.0 + cam, 0, 4.5], [0, 11.0 + cam, 3.25], [0, 0, 1]] for cam in cams]
         meta = {"w": W, "h": H, "k": [k] * T, "w2c": [[w2c[cam].tolist() for cam in cams]] * T,
-                "fn": [[f"{cam}/{t:06d}.jpg" for cam in cams] for t in range(T)],
-                "cam_id": [list(cams)] * T}
+                "fn": [[f"{cam}{slash}{t:06d}.jpg" for cam in cams] for t in range(T)]}
         (folder / f"{split}_meta.json").write_text(json.dumps(meta))
     return pixels, w2c
 
@@ -341,33 +328,24 @@ def put(key, where, change):
     return meta(edit)
 
 
-def test_panoptic_as_windows_writes_it(tmp_path):
-    write_panoptic(tmp_path)
-    meta(lambda content: content.update(
-        fn=[[name.replace("/", "\\") for name in row] for row in content["fn"]]))(tmp_path)
-    assert common.load_video(str(tmp_path), ".").read(2).images.shape == (6, 6, 8, 3)
-
-
 ALL = slice(None)
 BAD_PANOPTIC = [
     (meta(lambda m: m.pop("w2c")), "w2c must be"),
     (meta(lambda m: m.pop("h")), "w, h must be"),
     (meta(lambda m: m.pop("fn")), "KeyError: 'fn'"),
-    (meta(lambda m: m["k"].pop()), "k must be 3x4x3x3 finite numbers"),
-    (meta(lambda m: m.update(fn=[[]] * 3)), "k must be 3x0x3x3 finite numbers"),
     (put("k", (0, 0, 0, 0), lambda _: "wide"), "k must be 3x4x3x3 finite numbers"),
     (put("w2c", (1, 2, 0, 3), lambda _: float("nan")), "w2c must be 3x4x4x4 finite numbers"),
-    (put("k", (ALL, 1, 0, 0), lambda _: 0), "focal lengths in k must be positive"),
+    (put("k", (ALL, 1, 0, 0), lambda _: 0), "focal lengths be positive"),
     (put("w2c", (2, 1, 0, 3), lambda x: x + 0.5), "cameras must stand still"),
     (put("w2c", (ALL, 0, 0, 0), lambda _: 2.0), "w2c is not a rotation"),
-    (meta(lambda m: [m[key].pop() for key in ("fn", "k", "w2c")]), "3 frames, but 2 in train_meta"),
+    (meta(lambda m: [m[key].pop() for key in ("fn", "k", "w2c")]), "as many frames as train_meta"),
     (put("w2c", (ALL, ALL, slice(3), 3), lambda x: x * 1000), "w2c must be in metres"),
     (meta(lambda m: m.update(w=6, h=8)), "turned or cropped"),
-    (lambda f: (f / "test_meta.json").unlink(), "test_meta.json: cannot be read"),
+    (lambda f: (f / "test_meta.json").unlink(), "test_meta.json: not usable"),
     (lambda f: (f / "train_meta.json").unlink(), "train_meta.json in it: not a video"),
     (lambda f: (f / "train_meta.json").write_text("{"), "train_meta.json: not usable"),
-    (lambda f: (f / "ims/4/000001.jpg").unlink(), "ims/4/000001.jpg: cannot be read"),
-    (lambda f: iio.imwrite(f / "ims/2/000001.jpg", SMALL), "2/000001.jpg: 8x8 px"),
+    (lambda f: (f / "ims/4/000001.jpg").unlink(), "ims/4/000001.jpg: not usable"),
+    (lambda f: iio.imwrite(f / "ims/2/000001.jpg", SMALL), "2/000001.jpg: not 8x6 px"),
 ]
 
 
