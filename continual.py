@@ -74,7 +74,8 @@ from torch import Tensor, nn
 
 from common import (OccupancyGrid, Progress, Run, Scene, Stopwatch, UserError, check_finite, check_flags, check_not_empty, cli,
                     colour_map, join_views, load_scene, peak_memory_mb, pixel_rays, psnr, random_state, save_png, save_video,
-                    set_random_state, spherical_harmonics, evenly_spaced, ssim, camera_path, comparison_strip, tensorboard, to_device, write_json)
+                    random_background, set_random_state, spherical_harmonics, evenly_spaced, ssim, camera_path, comparison_strip, tensorboard,
+                    to_device, write_json)
 from kernels import composite, hash_encode, hash_levels, march
 
 LEARNERS = ("naive", "distill", "ewc", "replay", "own-replay", "mixed", "joint")
@@ -658,6 +659,13 @@ def moving(model: Model) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def behind(scene: Scene, target: Tensor) -> Scene:
+    """The scene; of pictures without alpha with a background a ray, the target (R, 3) of another ray: see common.random_background."""
+    if scene.train.alpha is not None:
+        return scene
+    return replace(scene, bg=random_background(target, None, scene.bg)[1])
+
+
 def step_gradients(model: Model, past: Past, views, present: list[int], n: int, scene: Scene, args: Args) -> tuple[Tensor, Tensor]:
     """One step's loss, its gradient left in the parameters.  n: rays of the views `present` -> loss, acc (n,)."""
     H, W = views.images.shape[1:3]
@@ -667,12 +675,13 @@ def step_gradients(model: Model, past: Past, views, present: list[int], n: int, 
     # 1. rays of the present
     id = anywhere(present, n)
     rays = rays_of(views, id)
-    out = render(model, *rays, scene, args, perturb=True)
+    shown = behind(scene, pixels[id])
+    out = render(model, *rays, shown, args, perturb=True)
     loss, _ = squared_error(out, pixels[id])
     # 2. the past without rays of its own
     if past.learner == "distill" and past.teacher:                                                  # the same rays, another target
         with torch.no_grad():
-            target = render(past.teacher, *rays, scene, args)["rgb"]
+            target = render(past.teacher, *rays, shown, args)["rgb"]
         loss = loss + args.distill_weight * squared_error(out, target)[0]
     if past.learner == "ewc" and past.fisher:
         loss = loss + args.ewc_weight * penalty(moving(model), past.anchors, past.fisher)
@@ -686,7 +695,8 @@ def step_gradients(model: Model, past: Past, views, present: list[int], n: int, 
         with torch.no_grad():
             targets.append(render(past.teacher, *rays_of(views, ids[-1]), scene, args)["rgb"])
     if ids:
-        old_loss, e = squared_error(render(model, *rays_of(views, torch.cat(ids)), scene, args, perturb=True), torch.cat(targets))
+        ids, targets = torch.cat(ids), torch.cat(targets)
+        old_loss, e = squared_error(render(model, *rays_of(views, ids), behind(scene, targets), args, perturb=True), targets)
         if past.memory is not None and past.memory.loss is not None and args.dynamic:
             past.memory.loss[i] = e[:len(i)]
         if past.learner == "agem":                                                                  # bends the gradient, is not learnt

@@ -647,7 +647,7 @@ def train(args: Args) -> dict:
         x, y = xy.long().unbind(-1)
         truth, bg = views.images[view, y, x], scene.bg                                              # (N, 3)
         alpha = None if views.alpha is None else views.alpha[view, y, x]                            # (N,)
-        if args.train_background == "random":
+        if args.train_background == "random" or alpha is None:          # photographs: else the background is used as paint
             truth, bg = random_background(truth, alpha, scene.bg)
         pixels = xy, views.K[view], views.c2w[view]
         out = render(fields, *camera_rays(*pixels, scene), scene, bg, args, perturb=True)

@@ -950,6 +950,7 @@ def test_agem_by_hand(flat):
 def test_agem_projects_the_gradient_of_the_new_batch(monkeypatch, more):
     """naive and replay draw the same rays at the same seed: their gradients are g and g + r."""
     scene = replace(ring(6, 2, images=torch.ones(8, 12, 16, 3)), bg=torch.full((3,), 0.5))
+    scene = replace(scene, train=replace(scene.train, alpha=torch.ones(6, 12, 16)))     # bg counts
     views, found, was_bent = joined(scene), {}, []
     for seed in range(4):
         for learner in ("naive", "replay", "agem"):
@@ -968,6 +969,16 @@ def test_agem_projects_the_gradient_of_the_new_batch(monkeypatch, more):
             assert close(a, b, atol=2e-6, rtol=1e-3)
         was_bent.append(not all(torch.equal(a, b) for a, b in zip(found["agem"], g)))
     assert was_bent == [True, False] * 2
+
+
+def test_pictures_without_alpha_are_not_trained_on_the_scene_s_background():
+    """Behind each ray stands the target of another ray; with alpha, the scene's background."""
+    scene, target = ring(6, 2), torch.rand(50, 3)
+    bg = cl.behind(scene, target).bg
+    assert bg.shape == (50, 3) and not torch.equal(bg, target)
+    assert torch.equal(bg.sort(0).values, target.sort(0).values)
+    opaque = replace(scene, train=replace(scene.train, alpha=torch.ones(6, 12, 16)))
+    assert cl.behind(opaque, target).bg is scene.bg
 
 
 def test_a_teacher_does_not_learn(tmp_path):

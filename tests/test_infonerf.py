@@ -1071,7 +1071,7 @@ def test_photographs_without_alpha_get_another_background_behind_each_ray(tmp_pa
 
     monkeypatch.setattr(inf, "render", render)
     inf.train(quick(tmp_path / "line", tmp_path / "a", views=(0, 1), size=16, steps=2,
-                    train_background="random", entropy_weight=0.0))
+                    train_background="scene", entropy_weight=0.0))
     assert used[0].shape == (96, 3) and used[0].std(0).max() > 0.05
 
 
