@@ -123,7 +123,7 @@ def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tenso
     Why a weight: pixels drawn from Q count Q times too often. exponent 1 takes this back exactly:
     E_Q[w err] = mean(err) / mean(Q), the uniform loss up to a factor, which Adam does not see.
     exponent 0 takes nothing back. By itself, w err = |d|^(2 - exponent) lies between the squared
-    and the absolute error: uniform pixels with this weight gain, too (--weighting on).
+    and the absolute error: uniform pixels gain 0.6 dB by it at equal samples, none at equal rays.
     clamp: a fitted pixel can have a weight 30 times that of its neighbours, and would decide the
     direction of the step alone. So weights are clamped to [0.2, mean(w) + std(w)] of the batch (the
     released code's rule; as Q <= 1, the lower bound never acts). Exponent 1 is then biased as well.
