@@ -16,20 +16,19 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import warnings
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Literal, Optional
+from typing import Callable, Iterable, Literal, Optional
 
 import imageio.v3 as iio
 import numpy as np
@@ -90,8 +89,6 @@ class SceneArgs(RunArgs):
     """What stands behind the scene in its pictures, where they have alpha."""
     train_background: Literal["random", "scene"] = "random"
     """Behind each training ray: a colour of its own (see random_background), or the scene's."""
-    train_split: Literal["train", "val", "trainval"] = "train"
-    """Split of a Blender scene to train on."""
     normalise: bool = True
     """Move and scale a world that does not fit the box of the synthetic scenes."""
 
@@ -288,14 +285,13 @@ def random_background(target: Tensor, alpha: Tensor | None, bg: Tensor) -> tuple
     return target + (1 - alpha[:, None]) * (other - bg), other
 
 
+@torch.no_grad()
 def check_colours(rgbs: Tensor, weights: Tensor, target: Tensor) -> None:
     """A note if samples (rgbs (N, 3), weights (N,)) show saturated channels (0 or 1), pictures
     (R, 3) few: with white behind it, a dark red is then black that lets some white through."""
-    shown, pictures = (((colours < 1 / 255) | (colours > 254 / 255)).float().mean(1)
-                       for colours in (rgbs, target))
-    weights = weights.detach()
-    found = float((weights * shown).sum() / weights.sum().clamp(min=1e-12))
-    wanted = float(pictures.mean())
+    saturated = ((rgbs - 0.5).abs() > 0.5 - 1 / 255).float().mean(1)
+    found = float((weights * saturated).sum() / weights.sum().clamp(min=1e-12))
+    wanted = float(((target - 0.5).abs() > 0.5 - 1 / 255).float().mean())
     if found > wanted + 0.3:
         note(f"{found:.0%} of the visible colours are saturated, {wanted:.0%} in the pictures: "
              "the field uses the background as paint: use --train-background random")
@@ -407,21 +403,21 @@ def note(line: str) -> None:
 
 # ---------------------------------------------------------------------- pictures read from disk
 
+@lru_cache(maxsize=8)
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out, n_in): the share of output cell i, [i, i+1) n_in / n_out, that input cell j covers.
-    Sampling a large picture at few points instead turns fine texture into noise."""
-    edges = np.arange(n_out + 1) * (n_in / n_out)
-    cells = np.arange(n_in)
+    """(n_out, n_in): the share of output cell i, [i, i+1) n_in / n_out, that cell j covers."""
+    edges, cells = np.arange(n_out + 1) * (n_in / n_out), np.arange(n_in)
     overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
     return (overlap.clip(0) * (n_out / n_in)).astype(np.float32)
 
 
-def area_average(image: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(H, W, C) -> (h, w, C) with down = area_weights(H, h), right = area_weights(W, w)."""
-    (h, H), (w, W), C = down.shape, right.shape, image.shape[2]
+def area_average(image: np.ndarray, h: int, w: int) -> np.ndarray:
+    """(H, W, C) -> (h, w, C). Single points of a large picture would turn texture into noise."""
+    H, W, C = image.shape
     if H % h == 0 and W % w == 0:               # whole blocks: the same, sooner
         return image.reshape(h, H // h, W * C).mean(1).reshape(h, w, W // w, C).mean(2)
-    return right @ (down @ image.reshape(H, W * C)).reshape(h, W, C)
+    rows = area_weights(H, h) @ image.reshape(H, W * C)
+    return area_weights(W, w) @ rows.reshape(h, W, C)
 
 
 def fit_size(H: int, W: int, size: int | None, where) -> tuple[int, int]:
@@ -455,7 +451,6 @@ def read_images(paths: list[Path], size: int | None, bg: Tensor
     Multiplying by alpha before the average keeps the colour of transparent pixels out of edges."""
     H, W = read_image(paths[0]).shape[:2]
     h, w = fit_size(H, W, size, paths[0])
-    down, right = area_weights(H, h), area_weights(W, w)
     images = np.empty((len(paths), h, w, 3), np.float32)
     alphas = np.empty((len(paths), h, w), np.float32)
 
@@ -464,7 +459,7 @@ def read_images(paths: list[Path], size: int | None, bg: Tensor
         require(image.shape[:2] == (H, W), f"{paths[v]}: not {W}x{H} px as {paths[0].name}: all "
                 "pictures of a scene must have one size")
         image[..., :3] *= image[..., 3:]
-        image = area_average(image, down, right).clip(0, 1)
+        image = area_average(image, h, w).clip(0, 1)
         alphas[v] = image[..., 3]
         images[v] = (image[..., :3] + (1 - image[..., 3:]) * bg.numpy()).clip(0, 1)
 
@@ -560,32 +555,38 @@ def named_file(folder: Path, name: str) -> Path:
     return path
 
 
-def load_splits(folder: Path, splits: list[str], size: int | None, bg: Tensor
-                ) -> tuple[Views, Views]:
-    """Training views of these splits, and test views; every 8th where no file lists test views."""
-    paths = [folder / f"transforms_{split}.json" for split in (*splits, "test")]
-    if splits == ["train"] and not paths[0].is_file():
-        paths[0] = folder / "transforms.json"
-    has_test = paths[-1].is_file() and read_json(paths[-1]).get("frames")
-    loaded = [load_blender(path, size, bg) for path in (paths if has_test else paths[:-1])]
-    require(len({views.images.shape[1:] for views in loaded}) == 1,
-            f"{folder}: pictures of different splits: all of a scene must have one size")
-    if has_test:
-        return reduce(join_views, loaded[:-1]), loaded[-1]
-    note(f"{folder}: no test views are listed: every 8th view is held out")
-    return hold_out(reduce(join_views, loaded), folder)
+def load_splits(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]:
+    """Training and test views; every 8th is for testing where no file lists test views."""
+    path, test_path = folder / "transforms_train.json", folder / "transforms_test.json"
+    train = load_blender(path if path.is_file() else folder / "transforms.json", size, bg)
+    if not test_path.is_file() or not read_json(test_path).get("frames"):
+        note(f"{folder}: no test views are listed: every 8th view is held out")
+        return hold_out(train, folder)
+    test = load_blender(test_path, size, bg)
+    require(test.images.shape[1:] == train.images.shape[1:],
+            f"{folder}: training and test pictures: all of a scene must have one size")
+    return train, test
 
 
 # ------------------------------------------------------------- a world of any scale and place
+
+def focus(c2w: Tensor) -> Tensor:
+    """The point nearest to the axes o_v + t d_v of cameras (V, 3, 4), x = (sum A_v)^-1 sum A_v o_v
+    with A_v = I - d_v d_v^T: (3,), float64; NaN where they are parallel to 2 degrees."""
+    o, d = c2w[:, :, 3:].double(), c2w[:, :, 2:3].double()
+    A = torch.eye(3).double() - d @ d.mT
+    if torch.linalg.eigvalsh(A.mean(0))[0] < 1e-3:
+        return torch.full((3,), math.nan)
+    return torch.linalg.solve(A.sum(0), (A @ o).sum(0))[:, 0]
+
 
 def fit_world(train: Views, test: Views, where, normalise: bool
               ) -> tuple[Views, Views, float, float]:
     """The views in a world whose box is OBJECT_BOX, and near and far for it.
 
     If each axis o + t d is in the ball of radius 1.5 between 2 and 6, as in the synthetic sets,
-    nothing changes. Else the point nearest to all axes, x = (sum_v A_v)^-1 sum_v A_v o_v,
-    A_v = I - d_v d_v^T, becomes the origin, and the nearest camera comes to 2.902 fx / W (the box
-    fills its picture, as there), or 2.7, outside.
+    nothing changes. Else their focus becomes the origin, and the nearest camera comes to
+    2.902 fx / W (the box fills its picture, as there), or 2.7, outside.
     """
     o, d = train.c2w[:, :, 3].double(), -train.c2w[:, :, 2].double()
     middle = -(o * d).sum(-1)                                       # t nearest to the origin
@@ -593,12 +594,10 @@ def fit_world(train: Views, test: Views, where, normalise: bool
     fits = (half > 0) & (middle - half >= 2) & (middle + half <= 6)
     if fits.all() or not normalise:
         return train, test, 2.0, 6.0
-    A = torch.eye(3, dtype=torch.float64) - d[:, :, None] * d[:, None, :]
-    centre = (torch.linalg.pinv(A.sum(0)) @ (A @ o[:, :, None]).sum(0))[:, 0]
-    parallel = torch.linalg.eigvalsh(A.mean(0))[0] < 1e-3           # within 2 degrees
+    centre = focus(train.c2w)
     ahead = ((centre - o) * d).sum(-1).median() > 0
-    require(ahead and not parallel, f"{where}: the cameras do not look at one place: use views "
-            "from several sides and OpenGL axes (of OpenCV's negate columns 2 and 3 of each "
+    require(ahead and centre.isfinite().all(), f"{where}: the cameras do not look at one place: "
+            "use views from several sides and OpenGL axes (of OpenCV's negate columns 2, 3 of each "
             "matrix), or --no-normalise")
     distance = (o - centre).norm(dim=-1)
     nearest = max(2.7, 2.902 * float(train.K[:, 0, 0].min()) / train.images.shape[2])
@@ -857,12 +856,11 @@ def truck() -> list[Shape]:
 
 def load_bricks(split: str, size: int | None, bg: Tensor) -> Views:
     """The truck through cameras like the Blender set's, 0.6911112 rad wide, 4.031 away: "train"
-    100, "val" 25 drawn on the upper hemisphere; "test" 25 on a full turn. size None: 200 px."""
+    100, drawn on the upper hemisphere; "test" 25 on a full turn. size None: 200 px."""
     turn = 2 * np.pi * np.arange(25) / 25
     angles = zip(turn, np.radians(30 + 15 * np.cos(2 * turn)))
-    if split != "test":
-        seed, count = {"train": (0, 100), "val": (1, 25)}[split]
-        u = np.random.default_rng(seed).random((count, 2))
+    if split == "train":
+        u = np.random.default_rng(0).random((100, 2))
         angles = zip(2 * np.pi * u[:, 0], np.arcsin(0.08 + 0.9 * u[:, 1]))
     cameras = {f"{split}/r_{v}": orbit_pose(*angle, 4.0311289) for v, angle in enumerate(angles)}
     size = 200 if size is None else size
@@ -919,13 +917,6 @@ def load_stage(size: int | None, frames: int | None, bg: Tensor) -> "Video":
                  train, [4, 9], aabb, 1.0, 5.0, bg, False, read)
 
 
-def stage_masks(video: "Video", t: int) -> dict[str, Tensor]:
-    """Thing that changes -> (V, H, W) bool on the CPU: pixels of frame t whose centre shows it."""
-    _, seen = stage_frame(t, video.H)
-    things = ("ball", "turning", "flicker", "appearing")                # shapes 8 to 11 of stage(t)
-    return {thing: seen == 8 + i for i, thing in enumerate(things)}
-
-
 def car(seed: int) -> list[Shape]:
     """Car number `seed`, x forward, in [-0.5, 0.5]^3. All have wheels, windows, lamps; sizes,
     cabin, colours and spoiler are its own. z = 0 is the ground until the last line."""
@@ -977,12 +968,11 @@ SCENE_FILES = {"poses_bounds.npy": "llff", "cameras.npz": "dtu", "cameras_sphere
 
 
 def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
-               train_split: str = "train", normalise: bool = True) -> Scene:
+               normalise: bool = True) -> Scene:
     """Find and load a scene: "bricks" (built in, and in place of a known one that is not on disk:
     see scene.kind), or as find_dataset says. size: longer image side in pixels, None = as on disk.
-    train_split: "train" | "val" | "trainval", where files list splits. normalise: see fit_world."""
+    normalise: see fit_world."""
     data, bg = Path(data), background(bg)
-    splits = ["train", "val"] if train_split == "trainval" else [train_split]
     known = dict.fromkeys(BLENDER_SCENES, f"python common.py download {name}")
     known |= dict.fromkeys(LLFF_SCENES, f"put it at {data / 'nerf_llff_data' / name}")
     folder = None if name == "bricks" else find_dataset(
@@ -990,15 +980,13 @@ def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
         lambda place: place if scene_kind(place) else None, " or ".join(SCENE_FILES), known,
         "bricks")
     if folder is None:
-        train = reduce(join_views, [load_bricks(split, size, bg) for split in splits])
-        test = load_bricks("test", size, bg)
+        train, test = load_bricks("train", size, bg), load_bricks("test", size, bg)
         return Scene("bricks", "builtin", train, test, OBJECT_BOX, 2.0, 6.0, bg, False)
     name, kind = folder.resolve().name, scene_kind(folder)
     if kind == "blender":
-        views = load_splits(folder, splits, size, bg)
-        train, test, near, far = fit_world(*views, folder, normalise)
+        train, test = load_splits(folder, size, bg)
+        train, test, near, far = fit_world(train, test, folder, normalise)
         return Scene(name, kind, train, test, OBJECT_BOX, near, far, bg, False)
-    require(train_split == "train", f"{folder}: its files list no split {train_split}: use train")
     views = load_llff(folder, size, bg) if kind == "llff" else load_dtu(folder, size, bg)
     train, test = hold_out(views, folder)
     if kind == "llff":
@@ -1186,30 +1174,26 @@ def frame_reader(films: list[Path], files: list[list[Path]], size: int | None, b
     is kept. Films are decoded in step, frame by frame; for an earlier frame they start again."""
     frames, following = None, math.inf
 
+    def decoded(film):
+        with reading(film, f"{AGAIN}, use fewer frames, or pip install 'imageio[ffmpeg]'"):
+            with contextlib.suppress(OSError):                          # a report of many lines
+                yield from iio.imiter(film, plugin="FFMPEG", input_params=["-threads", "1"])
+            raise EOFError("the film is broken, or ends before the frame that is asked for")
+
     @lru_cache(maxsize=1)
     def read(t):
         nonlocal frames, following
         if not films:
             return read_images(files[t], size, bg)[0]
         if t < following:
-            frames, following = zip(*map(film_frames, films)), 0
+            frames, following = zip(*map(decoded, films)), 0
         with reading(films[0].parent, "all films must have one size"):
             images = np.stack(next(itertools.islice(frames, t - following, None)))
         following = t + 1
-        _, H, W, _ = images.shape
-        h, w = fit_size(H, W, size, films[0])
-        down, right = area_weights(H, h), area_weights(W, w)
-        images = [area_average(image / np.float32(255), down, right) for image in images]
+        h, w = fit_size(*images.shape[1:3], size, films[0])
+        images = [area_average(image / np.float32(255), h, w) for image in images]
         return torch.from_numpy(np.stack(images)).clamp(0, 1)
     return read
-
-
-def film_frames(file: Path) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8, frame by frame. UserError where the film ends."""
-    with reading(file, f"{AGAIN}, use fewer frames, or pip install 'imageio[ffmpeg]'"):
-        with contextlib.suppress(OSError):                              # a report of many lines
-            yield from iio.imiter(file, plugin="FFMPEG", input_params=["-threads", "1"])
-        raise EOFError("the film is broken, or ends before the frame that is asked for")
 
 
 # ------------------------------------------------------------------------- families of many scenes
@@ -1237,21 +1221,6 @@ class Family:
         n = len(views.names)
         held_out = 10 if n >= 12 else max(1, n // 3)
         return pick_views(views, list(range(held_out, n))), pick_views(views, list(range(held_out)))
-
-    def check(self, ids: list[int], skip_bad: bool = False) -> list[int]:
-        """Those of scenes `ids` that can be read. UserError for the first other; with skip_bad
-        these are named on stderr and left out."""
-        good = []
-        for i in ids:
-            try:
-                if self.kind != "builtin":
-                    self.read(i)
-                good.append(i)
-            except UserError as error:
-                require(skip_bad, f"{error} (--skip-bad leaves such scenes out)")
-                note(f"left out: {error}")
-        require(good, f"{self.name}: none of these {len(ids)} scenes can be used")
-        return good
 
 
 def load_family(name: str, data: str | Path, size: int, bg="white", above: bool = True) -> Family:
@@ -1363,7 +1332,13 @@ class OccupancySampler(nn.Module):
         self.step = float((scene.aabb[1] - scene.aabb[0]).norm()) / march_steps
         self.near, self.far = scene.near, scene.far
         self.grid = OccupancyGrid(scene.aabb, min(march_steps // 4, 128), decay=0.8)
-        self.register_buffer("samples_per_ray", torch.tensor(samples_per_ray))
+        self.samples_per_ray = samples_per_ray
+
+    def get_extra_state(self) -> float:                 # part of a checkpoint, not on the device
+        return self.samples_per_ray
+
+    def set_extra_state(self, samples_per_ray: float) -> None:
+        self.samples_per_ray = samples_per_ray
 
     def prepare(self, field, step: int) -> None:
         if step % 16 == 0:
@@ -1373,7 +1348,8 @@ class OccupancySampler(nn.Module):
         samples = march(rays_o, rays_d, self.grid.occupied, self.grid.aabb, self.step, self.near,
                         self.far, jitter)
         if jitter is not None:                          # follows the present cost half-way
-            self.samples_per_ray.mul_(max(len(samples[0]), 1) / len(rays_o)).sqrt_()
+            now = max(len(samples[0]), 1) / len(rays_o)
+            self.samples_per_ray = math.sqrt(self.samples_per_ray * now)
         return samples
 
     def loss(self, weights: Tensor):
@@ -1536,9 +1512,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     require(min(a.shape[:2]) >= 11, "SSIM needs 11x11 pixels or more: use a larger --size")
     window = torch.softmax(-0.5 * (torch.arange(-5, 6).to(a) / 1.5) ** 2, 0)     # its sum is 1
 
-    def mean(x):                                                    # (H, W, 3) -> (3, 1, h, w)
-        rows = F.conv2d(x.permute(2, 0, 1)[:, None], window.view(1, 1, 11, 1))
-        return F.conv2d(rows, window.view(1, 1, 1, 11))
+    def mean(x):                       # (H, W, 3) -> (h, w, 3); a GPU's conv2d may use 10 bits
+        return (x.unfold(0, 11, 1) @ window).unfold(1, 11, 1) @ window
 
     mean_a, mean_b = mean(a), mean(b)
     variances = mean(a * a) - mean_a ** 2 + mean(b * b) - mean_b ** 2
@@ -1557,25 +1532,23 @@ def orbit_poses(n: int, radius: float, elevation_deg=30.0, centre=(0.0, 0.0, 0.0
 
 
 def camera_path(c2w: Tensor, ndc: bool, n: int) -> Tensor:
-    """A closed path (n, 3, 4) among the cameras c2w (V, 3, 4), at their mean distance from `focus`,
-    the point nearest to their optical axes (in NDC, where they hardly meet: 4 ahead). Cameras all
-    around it: an orbit about z; else an ellipse about their mean, with their mean axis y up."""
-    c2w = c2w.cpu().double().numpy()
-    focus = np.array((0.0, 0.0, -4.0))
-    if not ndc:                    # least squares: sum over cameras of |P (focus - position)|^2
-        P = np.eye(3) - c2w[:, :, 2:3] * c2w[:, None, :, 2]           # (V, 3, 3), P axis = 0
-        focus = np.linalg.lstsq(P.sum(0), (P @ c2w[:, :, 3:]).sum(0), rcond=None)[0][:, 0]
-    offset = c2w[:, :, 3] - focus
+    """A closed path (n, 3, 4) among the cameras c2w (V, 3, 4), which look at one place (their
+    focus; 4 ahead in NDC or where they are parallel): an orbit about z if they stand all around
+    it, else an ellipse about their mean, with their mean axis y up."""
+    c2w = c2w.cpu().double()
+    centre = focus(c2w)
+    if ndc or not centre.isfinite().all():
+        centre = (c2w[:, :, 3] - 4 * c2w[:, :, 2]).mean(0)
+    offset, centre = (c2w[:, :, 3] - centre).numpy(), centre.numpy()
     middle, radius = offset.mean(0), np.linalg.norm(offset, axis=1).mean()
     if np.linalg.norm(middle) < 0.8 * radius:
-        return orbit_poses(n, radius, np.degrees(np.arcsin(middle[2] / radius)), focus)
-    up = c2w[:, :, 1].mean(0)
+        return orbit_poses(n, radius, np.degrees(np.arcsin(middle[2] / radius)), centre)
+    up = c2w[:, :, 1].mean(0).numpy()
     across = look_at(middle, np.zeros(3), up)[:, :2]                  # (3, 2): right and upwards
     axes = across * ((offset - middle) @ across).std(0)
     turn = 2 * np.pi * np.arange(n) / n
     path = middle + np.stack([np.cos(turn), np.sin(turn)], -1) @ axes.T
-    path *= radius / np.linalg.norm(path, axis=1, keepdims=True)
-    return torch.tensor(np.stack([look_at(focus + x, focus, up) for x in path])).float()
+    return torch.tensor(np.stack([look_at(centre + x, centre, up) for x in path])).float()
 
 
 def to_bytes(image: Tensor) -> np.ndarray:
@@ -1611,23 +1584,21 @@ def comparison_strip(target: Tensor, render: Tensor, depth: Tensor, near, far) -
     return torch.cat([target, render.clamp(0, 1), error, colour_map(depth, near, far)], 1)
 
 
-def draw_panels(panels: dict[str, dict[str, list]], log: bool = False) -> str:
+def draw_panels(panels: dict[str, dict[str, list]]) -> str:
     """SVG text: panels (title -> label -> lines, each a list of points (x, y)) side by side, and
-    a legend below. log: both axes are logarithmic."""
+    a legend below."""
     labels = dict.fromkeys(label for curves in panels.values() for label in curves)
     colour = dict(zip(labels, itertools.cycle("#2f81f7 #e5711d #2da44e #d1549b #8b6cef".split())))
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{60 + 260 * len(panels)}" '
            f'height="{240 + 18 * len(labels)}" font-family="sans-serif" font-size="12">']
     for i, (title, curves) in enumerate(panels.items()):
-        lines = [(label, np.log10(line) if log else np.array(line))
-                 for label in curves for line in curves[label] if line]
+        lines = [(label, np.array(line)) for label in curves for line in curves[label] if line]
         every = np.concatenate([line for _, line in lines])
         lo, extent = every.min(0), np.ptp(every, 0)
         out.append(f'<g transform="translate({60 + 260 * i} 12)" fill="#808890"><text y="205">'
                    f'{title}</text><path d="M0 0v170h190" fill="none" stroke="#808890"/>')
         for share in (0, 0.5, 1):
-            number = lo + share * extent
-            x, y = 10 ** number if log else number
+            x, y = lo + share * extent
             out.append(f'<text x="{190 * share}" y="187" text-anchor="middle">{x:.3g}</text>'
                        f'<text x="-5" y="{174 - 170 * share}" text-anchor="end">{y:.3g}</text>')
         for label, line in lines:
@@ -1673,31 +1644,30 @@ def write_json(path: Path, value) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def load_tensors(path: Path, *needed: str) -> dict:
-    """Read onto the CPU what torch.save wrote: a dict with the keys `needed`, else UserError."""
-    with reading(path, "start afresh with another --out"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in (*state, *needed)}
-
-
-def environment() -> dict:
+def environment(device="cpu") -> dict:
     """What a number depends on: versions, hardware, commit of this repository, date, command."""
     git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*"'
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda":
+        device = torch.cuda.get_device_name(device)
     return {"python": sys.version.split()[0], "torch": torch.__version__, "device": device,
             "cpu": subprocess.getoutput("grep -m 1 'model name' /proc/cpuinfo"),       # Linux only
             "threads": torch.get_num_threads(), "commit": subprocess.getoutput(git),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv}
 
 
-def random_state() -> dict:
-    """The states of PyTorch's generators; NumPy's are made from a seed where they are used."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+def random_state(device="cpu") -> dict:
+    """States of PyTorch's generators of the CPU and, if it is CUDA, of the run's device."""
+    cuda = torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, device="cpu") -> None:
     torch.set_rng_state(state["cpu"])
-    torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda and isinstance(state["cuda"], Tensor):
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif on_cuda or isinstance(state["cuda"], Tensor):
+        note("the checkpoint is of another kind of device: other random numbers follow")
 
 
 def peak_memory_mb(device="cpu") -> float:
@@ -1710,114 +1680,9 @@ def peak_memory_mb(device="cpu") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
 
 
-def tensorboard(folder):
-    with reading("--tensorboard", "pip install tensorboard, or leave the flag away"):
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(folder)
-
-
-def describe_views(scene) -> Tensor:
-    """(V, 24): pose, intrinsics and mean colour of each view, to tell scenes of one name apart."""
-    rows = [torch.cat([views.c2w.flatten(1), views.K.flatten(1), views.images.mean((1, 2))], 1)
-            for views in (scene.train, scene.test)]
-    return torch.cat(rows).cpu()
-
-
-class Stopwatch:
-    """Adds up the seconds between start() and stop(), both of which wait for the GPU."""
-    def __init__(self, device="cpu", seconds: float = 0.0):
-        self.device, self.seconds = torch.device(device), seconds
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.began = time.perf_counter()
-
-    def stop(self) -> float:
-        began = self.began
-        self.start()
-        self.seconds += self.began - began
-        return self.seconds
-
-
-class Progress:
-    """A line at the first step, the last, and every 10 s: step, values, seconds left."""
-    def __init__(self, total: int, start: int = 0):
-        self.total, self.start, self.began, self.last = total, start, time.monotonic(), -math.inf
-
-    def __call__(self, step: int, **values) -> None:
-        now = time.monotonic()
-        if now - self.last < 10 and step < self.total:
-            return
-        self.last = now
-        left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
-        shown = "".join(f"{name} {float(torch.as_tensor(value).detach()):.4g}  "
-                        for name, value in values.items())
-        say(f"step {step}/{self.total}  {shown}{left:.0f} s left")
-
-
-def check_finite(loss: Tensor, step: int) -> None:
-    require(loss.isfinite(), f"loss is not finite at step {step}; the last checkpoint is kept: "
-                             "lower the learning rate, then --resume")
-
-
-def check_not_empty(opacity: Tensor, step: int, advice: str) -> None:
-    """opacity: of rays (R,). An empty field on the pictures' own background has no gradient."""
-    require(opacity.mean() >= 1e-3, f"the field is empty at step {step} (mean opacity "
-                                    f"{opacity.mean():.1e}) and will stay so: {advice}")
-
-
-class Run:
-    """The folder of a run, `out` or runs/METHOD-SCENE-TIME: args.json, env.json, metrics.jsonl,
-    ckpt.pt, summary.json. UserError if it holds a run that is not to go on, or none that is."""
-    def __init__(self, method: str, scene: str, out: Optional[str], args: dict,
-                 resume: bool = False, eval_only: bool = False):
-        self.identity = {"method": method, "scene": scene}
-        self.args = to_json({**args, "resume": False, "eval_only": False})
-        self.path = Path(out or f"runs/{method}-{scene}-{datetime.now():%Y%m%d-%H%M%S-%f}")
-        begun, saved = ((self.path / name).exists() for name in ("args.json", "ckpt.pt"))
-        self.resumed = saved and (resume or eval_only)
-        if not self.resumed:
-            require(not eval_only, f"{self.path}: no ckpt.pt to evaluate: check --out")
-            require(begun or not resume, f"{self.path}: no ckpt.pt to resume: check --out")
-            require(resume or not begun and not saved,
-                    f"{self.path}: already holds a run: add --resume, or give another --out")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "env.json", environment())
-            self.rewind(-1)
-
-    def rewind(self, step: int, by: str = "step") -> None:
-        """Write args.json; forget lines of metrics.jsonl after `step`, which are to come again."""
-        write_json(self.path / "args.json", self.args)
-        lines, kept = self.path / "metrics.jsonl", ""
-        lines.touch()
-        for line in lines.read_text().splitlines():
-            with contextlib.suppress(ValueError):           # half a line
-                if json.loads(line).get(by, 0) <= step:
-                    kept += line + "\n"
-        write_whole(lines, lambda file: file.write(kept.encode()))
-
-    def write_line(self, **metrics) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(to_json(metrics)) + "\n")
-
-    def save(self, state: dict) -> None:
-        """Write ckpt.pt. state: tensors and plain values."""
-        whole = {"args": {**self.args, **self.identity}, **state}
-        write_whole(self.path / "ckpt.pt", lambda file: torch.save(whole, file))
-
-    def load(self, expect: dict) -> dict:
-        """Read ckpt.pt, which must be of this method, this scene's name, and these flags."""
-        state = load_tensors(self.path / "ckpt.pt", "args")
-        for name, now in {**self.identity, **expect, **self.identity}.items():
-            before = state["args"].get(name, "not set")
-            require(before == now, f"{self.path}: of another run: {name} was {before}, now {now}: "
-                                   "give the same, or another --out")
-        return state
-
-
-class TrainingRun(Run):
-    """Folder, checkpoints, clock, progress line, evaluations and logs of a training run:
+class TrainingRun:
+    """The folder of a training run, `out` or runs/METHOD-SCENE-TIME (args.json, env.json,
+    metrics.jsonl, ckpt.pt, summary.json), its clock, progress line, evaluations and checkpoints:
 
         run = TrainingRun("my_method", scene, args)
         for step in run.loop({"field": field, "optimiser": optimiser}, evaluate):
@@ -1825,36 +1690,77 @@ class TrainingRun(Run):
             run.log(loss=loss, opacity=opacity.mean())
         run.finish()
 
-    scene: a Scene, or a name. free: flags that may differ from the checkpoint's; --steps may grow.
+    scene: what has a name and a kind, or a name. free: flags that may differ from the
+    checkpoint's; --steps may grow. UserError if the folder holds a run that is not to go on, or
+    none that is.
     """
     def __init__(self, method: str, scene, args: RunArgs, free: Iterable[str] = ("lr",)):
         if args.video:
             with reading("--video", 'pip install "imageio[ffmpeg]", or leave the flag away'):
                 import imageio_ffmpeg
                 imageio_ffmpeg.get_ffmpeg_exe()
-        name = getattr(scene, "name", scene)
-        super().__init__(method, name, args.out, asdict(args), args.resume, args.eval_only)
-        self.flags, self.clock = args, Stopwatch(args.device)
-        self.kind = getattr(scene, "kind", None)            # "builtin": not the scene of that name
-        self.views = torch.zeros(0) if isinstance(scene, str) else describe_views(scene)
-        self.board = tensorboard(self.path) if args.tensorboard and not args.eval_only else None
-        self.step, self.counts, self.scores = 0, Counter(), {}
+        self.identity = {"method": method, "scene": getattr(scene, "name", scene),
+                         "kind": getattr(scene, "kind", None)}   # "builtin": not the real scene
+        self.path = Path(args.out or f"runs/{method}-{self.identity['scene']}-"
+                                     f"{datetime.now():%Y%m%d-%H%M%S-%f}")
+        views = (scene.train, scene.test) if isinstance(scene, Scene) else ()
+        cameras = [torch.cat([v.c2w, v.K], -1).cpu() for v in views]          # (V, 3, 7)
+        self._cameras = torch.cat(cameras or [torch.zeros(0)])
+        self.flags, self.device = args, torch.device(args.device)
+        self.step, self.seconds, self.counts = 0, 0.0, Counter()
         self.count = self.counts.update                     # count(rays=8) adds 8 to the rays
-        self._values, self._finished, self._saved = {}, [], None
-        if not self.resumed:
-            return
-        free = {*free, "steps", "data", "device", "out", "video", "tensorboard"}
-        saved = self.load({name: value for name, value in self.args.items() if name not in free})
-        before, views = saved["args"]["steps"], saved["views"]
-        require(before == args.steps or before < args.steps and not saved["finished"],
-                f"{self.path}: of another run: steps was {before}, now {args.steps}: give no less")
-        same = views.shape == self.views.shape and torch.allclose(views, self.views, 1e-3, 1e-3)
-        require(same, f"{self.path}: of another scene of the same name: give its path as --scene")
-        self.step, self._finished, self._saved = saved["step"], saved["finished"], saved
-        self.clock.seconds = saved["seconds"]
-        self.count(saved["counts"])
+        self.scores, self._values, self._spoilt = {}, {}, 0.0
+        self._finished, self._saved = [], None
+        self._args = to_json({**asdict(args), "resume": False, "eval_only": False})
+        begun, saved = ((self.path / name).exists() for name in ("args.json", "ckpt.pt"))
+        if saved and (args.resume or args.eval_only):
+            self._load({*free, "steps", "data", "device", "out", "video", "tensorboard"})
+        else:
+            require(not args.eval_only, f"{self.path}: no ckpt.pt to evaluate: check --out")
+            require(begun or not args.resume, f"{self.path}: no ckpt.pt to resume: check --out")
+            require(args.resume or not begun and not saved,
+                    f"{self.path}: already holds a run: add --resume, or give another --out")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "env.json", environment(args.device))
+        self.board = None
         if not args.eval_only:
-            self.rewind(self.step)
+            self._begin()
+
+    def _load(self, free: set) -> None:
+        """Read ckpt.pt, which must be of this method, this scene, and these flags."""
+        with reading(self.path / "ckpt.pt", "start afresh with another --out"):
+            saved = torch.load(self.path / "ckpt.pt", map_location="cpu", weights_only=True)
+            before, steps = saved["args"], saved["args"]["steps"]
+            self.step, self.seconds, self._finished = (
+                saved[name] for name in ("step", "seconds", "finished"))
+            self.count(saved["counts"])
+        flags = {name: value for name, value in self._args.items() if name not in free}
+        for name, now in {**flags, **self.identity}.items():
+            then = before.get(name, "not set")
+            require(then == now, f"{self.path}: of another run: {name} was {then}, now {now}: give "
+                                 "the same, or another --out")
+        steps, now = before["steps"], self.flags.steps
+        require(steps == now or steps < now and not self._finished,
+                f"{self.path}: of another run: steps was {steps}, now {now}: give no less")
+        same = saved["cameras"].shape == self._cameras.shape and torch.allclose(
+            saved["cameras"], self._cameras, 1e-3, 1e-3)
+        require(same, f"{self.path}: of another scene of the same name: give its path as --scene")
+        self._saved = saved
+
+    def _begin(self) -> None:
+        """Write args.json; forget lines of metrics.jsonl after this step, which come again."""
+        write_json(self.path / "args.json", self._args)
+        lines, kept = self.path / "metrics.jsonl", ""
+        lines.touch()
+        for line in lines.read_text().splitlines():
+            with contextlib.suppress(ValueError):           # half a line
+                if json.loads(line)["step"] <= self.step:
+                    kept += line + "\n"
+        write_whole(lines, lambda file: file.write(kept.encode()))
+        if self.flags.tensorboard:
+            with reading("--tensorboard", "pip install tensorboard, or leave the flag away"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.path)
 
     def loop(self, parts: dict, evaluate: Callable, *, steps: Optional[int] = None,
              stage: str = "training", empty: str = "use a lower --lr, or another --seed"):
@@ -1870,22 +1776,30 @@ class TrainingRun(Run):
         end = self.flags.steps if steps is None else steps
         if self.flags.eval_only:
             end = start
-        progress = Progress(end, start)
-        self.clock.start()
+        opened, began, shown = time.monotonic(), self._now(), -math.inf
         for t in range(start, end):
             self._values = {}
             yield t
             due = (t + 1) % self.flags.eval_every == 0 or t + 1 == end
-            if due or self.clock.device.type == "cpu" or t % 50 == 0:      # a GPU is waited for
-                check_finite(self._values.get("loss", torch.zeros(1)), self.step)
+            if due or self.device.type == "cpu" or t % 50 == 0:            # a GPU is waited for
+                require(math.isfinite(self._values.get("loss", 0)), "loss is not finite at step "
+                        f"{self.step}; the last checkpoint is kept: lower the learning rate, then "
+                        "--resume")
             self.step += 1
-            progress(t + 1, **self._values)
+            now = time.monotonic()
+            if t + 1 == end or now - shown >= 10:
+                shown = now
+                values = "".join(f"{name} {float(x):.4g}  " for name, x in self._values.items())
+                left = (now - opened) / (t + 1 - start) * (end - t - 1)
+                say(f"step {t + 1}/{end}  {values}{left:.0f} s left")
             if due:
-                self.clock.stop()
-                check_not_empty(self._values.get("opacity", torch.ones(1)), self.step, empty)
+                self.seconds += self._now() - began
+                opacity = float(self._values.get("opacity", 1.0))
+                require(opacity >= 1e-3, f"the field is empty at step {self.step} (mean opacity "
+                        f"{opacity:.1e}) and will stay so: {empty}")
                 self._evaluate(evaluate, last=t + 1 == end)
                 self._save(parts, stage, t + 1)
-                self.clock.start()
+                began = self._now()
         if start >= end:
             self._evaluate(evaluate, last=True)
         self._finished.append(stage)
@@ -1893,12 +1807,15 @@ class TrainingRun(Run):
     def log(self, **values) -> None:
         """Tensors or numbers of this step; a `loss` that is not finite ends the run."""
         self._values.update((name, torch.as_tensor(x).detach()) for name, x in values.items())
+        if "loss" in values:            # a GPU's is read seldom: one that is not finite spoils all
+            self._spoilt = self._values["loss"] * 0 + self._spoilt               # NaN from then on
+            self._values["loss"] = self._values["loss"] + self._spoilt
 
     def finish(self, **more) -> dict:
         """Write summary.json and print its scores. -> the summary, which `more` is a part of."""
-        flags, seconds = self.flags, self.clock.seconds
-        summary = {**self.identity, "data": self.kind, "size": flags.size, "seed": flags.seed,
-                   "steps": self.step, "train_seconds": round(seconds, 2),
+        flags = self.flags
+        summary = {**self.identity, "data": self.identity["kind"], "size": flags.size,
+                   "seed": flags.seed, "steps": self.step, "train_seconds": round(self.seconds, 2),
                    "peak_memory_mb": round(peak_memory_mb(flags.device), 1), **self.scores, **more}
         write_json(self.path / "summary.json", summary)
         if self.board:
@@ -1906,9 +1823,15 @@ class TrainingRun(Run):
         formats = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
         shown = ", ".join(formats.get(name, name + " {:.3g}").format(value)
                           for name, value in self.scores.items() if isinstance(value, float))
-        say(f"{self.identity['scene']}: {shown} after {self.step} steps, {seconds:.0f} s of "
+        say(f"{self.identity['scene']}: {shown} after {self.step} steps, {self.seconds:.0f} s of "
             f"training; pictures in {self.path}")
         return summary
+
+    def _now(self) -> float:
+        """Seconds, when the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _restore(self, parts: dict, stage: str) -> int:
         """-> the number of steps of this loop that the checkpoint has seen."""
@@ -1920,7 +1843,7 @@ class TrainingRun(Run):
             for name, part in parts.items():
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(saved["parts"][stage][name])
-        set_random_state(saved["random"])
+        set_random_state(saved["random"], self.flags.device)
         return saved["stage_step"]
 
     def _evaluate(self, evaluate: Callable, last: bool) -> None:
@@ -1933,17 +1856,20 @@ class TrainingRun(Run):
 
     def _save(self, parts: dict, stage: str, step: int) -> None:
         """A line of metrics.jsonl, and a checkpoint."""
-        line = to_json({"step": self.step, **self.counts, "train_seconds": self.clock.seconds,
+        line = to_json({"step": self.step, **self.counts, "train_seconds": self.seconds,
                         "loss": self._values.get("loss"), **self.scores})
-        self.write_line(**line)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.step)
         states = {name: part if isinstance(part, dict) else part.state_dict()
                   for name, part in parts.items()}
-        self.save({"parts": {stage: states}, "stage_step": step, "step": self.step,
-                   "finished": self._finished, "counts": dict(self.counts), "views": self.views,
-                   "seconds": self.clock.seconds, "random": random_state()})
+        state = {"args": {**self._args, **self.identity}, "parts": {stage: states},
+                 "stage_step": step, "step": self.step, "finished": self._finished,
+                 "counts": dict(self.counts), "cameras": self._cameras, "seconds": self.seconds,
+                 "random": random_state(self.device)}
+        write_whole(self.path / "ckpt.pt", lambda file: torch.save(state, file))
 
 
 # --------------------------------------------------------------------------------- commands
@@ -1961,9 +1887,17 @@ class Compare:
         require(self.runs, "compare needs a run folder: python common.py compare runs/A runs/B")
         groups = read_runs(self.runs)
         say(compare(groups))
-        if self.curves:
-            with reading(self.curves, "choose another file"):
-                self.curves.write_text(draw_curves(groups), encoding="utf-8")
+        if not self.curves:
+            return
+        panels = {}
+        for cost in ("step", "rays", "samples", "train_seconds"):
+            curves = {name: [[(line[cost], line["psnr"]) for line in curve if cost in line]
+                             for _, curve in group] for name, group in groups.items()}
+            if any(map(any, curves.values())):
+                panels[f"held-out PSNR [dB] against {cost}"] = curves
+        require(panels, "--curves: the runs have no evaluations to draw")
+        with reading(self.curves, "choose another file"):
+            self.curves.write_text(draw_panels(panels), encoding="utf-8")
 
 
 def read_runs(folders: list[Path]) -> dict[str, list[tuple[dict, list[dict]]]]:
@@ -2019,17 +1953,6 @@ def cell(values: list, decimals: int) -> str:
     return text
 
 
-def draw_curves(groups: dict) -> str:
-    panels = {}
-    for cost in ("step", "rays", "samples", "train_seconds"):
-        curves = {name: [[(line[cost], line["psnr"]) for line in curve if cost in line]
-                         for _, curve in group] for name, group in groups.items()}
-        if any(map(any, curves.values())):
-            panels[f"held-out PSNR [dB] against {cost}"] = curves
-    require(panels, "--curves: the runs have no evaluations to draw")
-    return draw_panels(panels)
-
-
 MIRROR = "https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/resolve/main/blender"
 
 
@@ -2044,14 +1967,11 @@ class Download:
     def __call__(self) -> None:
         folder, url = self.data / "nerf_synthetic" / self.scene, f"{MIRROR}/{self.scene}.zip"
         require(not folder.exists(), f"{folder}: is there already: remove it first")
-        say(f"fetching {url}")
-        request = urllib.request.Request(url, headers={"User-Agent": "python"})
         with reading(url, "check --data, the network and the free space"):
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                archive = zipfile.ZipFile(io.BytesIO(reply.read()))
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
-                archive.extractall(temp)      # never outside it; checks the CRC of every file
+                torch.hub.download_url_to_file(url, f"{temp}/scene.zip")
+                shutil.unpack_archive(f"{temp}/scene.zip", temp)    # never outside it; checks CRCs
                 found = list(Path(temp).rglob("transforms_train.json"))
                 require(len(found) == 1, f"{url}: {len(found)} files transforms_train.json in it")
                 os.replace(found[0].parent, folder)

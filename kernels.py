@@ -1,443 +1,529 @@
-"""The operations under a radiance field: march along rays, blend samples, look features up. Slow mathematics beside the fast call.
+"""The operations under a radiance field, as mathematics, in plain PyTorch and as Triton kernels.
 
-Every operation comes in the same six parts, so that one can be read after the other:
-    1. the maths            2. `x_ref`: plain PyTorch, the definition (any device, any float dtype)
-    3. Triton forward       4. Triton backward       5. `torch.autograd.Function`       6. the public `x(..., backend="auto")`
+    march            rays and an occupancy grid      -> packed samples          no gradient
+    composite        densities and colours           -> rgb, opacity, depth     to sigmas, rgbs
+    hash_encode      positions, hashed table         -> features                to table, positions
+    voxel_interp     positions, sparse voxel grid    -> features                to the values
+    triplane_interp  positions, three planes         -> features                to the planes
 
-    march            rays and an occupancy grid         -> packed samples            no gradient
-    composite        densities and colours of samples   -> colour, opacity, depth    gradient to sigmas, rgbs
-    hash_encode      positions and a hashed table       -> features                  gradient to table and positions
-    voxel_interp     positions, index grid, its rows    -> features                  gradient to the rows, or to some of them
-    triplane_interp  scenes' positions and planes       -> features                  gradient to the planes
+Each section has the same order: the mathematics with the gradient derived; `x_ref`, the plainest
+PyTorch that is right, to be checked line by line against the mathematics; Triton forward and
+backward (march has none); `torch.autograd.Function`; the public `x(..., backend="auto")`.
 
-Letters: R rays, N samples, C channels, L levels, F features (of a level), B scenes, H lines and W columns of a plane.
-Packed samples: those of ray r are the rows offsets[r]:offsets[r+1] of every (N, ...) tensor; rays may differ in length, none is padded.
+Letters: R rays, N samples, C channels, L levels, F features, M rows of a table, B scenes, H rows
+and W columns of a plane. Packed samples: those of ray r are the rows offsets[r]:offsets[r+1] of
+every (N, ...) tensor. Rays may differ in length, and none is padded.
 
-backend:  "reference"  the definition; autograd derives its backward
-          "torch"      the operations that look features up: same results, hand-written backward, several times faster on a CPU
-          "triton"     the kernels below (float32 or float64, in their input's precision)
-          "auto"       triton for CUDA tensors, otherwise the fastest of the others
+backend: "reference"  x_ref, on any device and in any float type; autograd derives the gradient
+         "torch"      the lookups only: a faster implementation for CPUs, at the end of this file
+         "triton"     the kernels, in the precision of their input (float32 or float64)
+         "auto"       triton for CUDA tensors, otherwise the fastest of the others
+On a GPU, gradients that are summed by atomic additions differ in the last bits from run to run; on
+a CPU they do not. Second derivatives (hash_encode's mixed ones are not 0) are in "reference" only.
 
-Floors, in the docstrings, are arithmetic, not measurements: ns for 1000 samples on an H200, in float32, if nothing but one thing took time:
-memory at 4 TB/s (what a copy reaches), its L2 cache at 5.5 TB/s in sectors of 32 bytes if the L1 caches serve none (an atomic add counts
-twice, as it reads and writes), arithmetic at 60 Tflop/s. What binds comes first.
-
-Nothing needs a GPU to be checked: with TRITON_INTERPRET=1 set before this file is imported, the kernels run on CPU tensors.
-    python kernels.py              check every operation against float64, then time it
-    python kernels.py --resources  registers, shared memory and spills of every kernel, compiled without a GPU
+    python kernels.py       checks every operation against float64, then times it
+Without a GPU this runs the kernels too, in Triton's interpreter and on a small input. Any other
+program can do so if TRITON_INTERPRET=1 is set before it imports this file.
 """
 import argparse
-import json
+import itertools
 import math
 import os
-import platform
-import re
-import statistics
-import subprocess
-import tempfile
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch.autograd.function import once_differentiable
+from torch.utils.benchmark import Timer
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
     import triton
     import triton.language as tl
     NO_TRITON = ""
-except ImportError as error:                    # macOS, Windows: everything but backend="triton" works
+except ImportError as error:            # macOS, Windows: everything but backend="triton" works
     NO_TRITON = f"Triton cannot be imported here ({error})"
 
-    class tl:                                   # just enough for the kernels below to be defined; none is ever called
+    class tl:                           # enough for the kernels to be defined; none is ever called
         constexpr = None
 
     class triton:
-        jit = staticmethod(lambda function: function)
+        jit = staticmethod(lambda function=None, **options: function or (lambda kernel: kernel))
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-RAYS, BLOCK = 4, 32      # a program of march or composite: 4 rays, one warp each, 32 steps of the ray at a time (a full 128-byte line)
-POINTS = 128             # a program of hash_encode: this many positions, one level
-CELLS = 512              # a program of voxel_interp or triplane_interp: positions x features, at most POINTS positions; see _block_sizes
+# Traffic and floors, float32. A floor is arithmetic, not a measurement: ns for 1000 samples on an
+# H200 if nothing but one resource took time. Memory: 4 TB/s. L2 cache: 5.5 TB/s in sectors of 32
+# bytes, no hit in L1, an atomic addition counted twice. Arithmetic: 60 Tflop/s.
+#
+#                                 bytes a sample       floor forward        floor backward
+#                                 memory     cached    memory   L2  flops   memory   L2  flops
+#   march                             20          -         5   12      1        -    -      -
+#   composite, C = 3              36, 64          -         9    -      1       16    -      1
+#   hash_encode, L = 8, F = 4   140, 152       1024        35  370     30       38  750     30
+#   voxel_interp, F = 28        124, 124        928        31  230     10       31  420     10
+#   triplane_interp, F = 32     140, 140       1536        35  280     15       35  560     15
+#
+# Two numbers: forward, backward. cached: gathered rows or atomic additions, which L2 may hold.
+
+BLOCK_R, BLOCK_S = 4, 32    # march, composite: a program has 4 rays, one warp each, and takes 32 of
+                            # their samples at a time: one 128-byte line
+BLOCK_N = 128               # hash_encode: positions of a program, one a thread
+BLOCK_NF = 512              # voxel_interp, triplane_interp: positions x features of a program
 
 
-# -------------------------------------------------------------------------------------------------- shared by the operations
-def _backend(backend, offered, *tensors):
-    """Which implementation runs; says in one line why Triton cannot."""
+# --------------------------------------------------------------------- shared by the operations
+
+def _backend(backend, offered, tensor):
+    """Which implementation runs. `offered`: those in PyTorch, the fastest last."""
     if backend not in ("auto", "triton", *offered):
         raise ValueError(f"backend {backend!r}: choose one of auto, triton, {', '.join(offered)}")
-    dtype, on_gpu = tensors[0].dtype, all(t.is_cuda for t in tensors)
+    dtype = tensor.dtype
     if backend == "auto":
-        backend = "triton" if on_gpu and not NO_TRITON and dtype in (torch.float32, torch.float64) else offered[-1]
+        fits = tensor.is_cuda and dtype in (torch.float32, torch.float64) and not NO_TRITON
+        return "triton" if fits else offered[-1]
     if backend == "triton":
         if NO_TRITON:
             raise RuntimeError(f'backend="triton": {NO_TRITON}')
-        if not on_gpu and not INTERPRET:
-            raise RuntimeError('backend="triton" needs CUDA tensors, these are on the CPU '
-                               "(to run the kernels there, set TRITON_INTERPRET=1 before importing kernels)")
+        if not tensor.is_cuda and not INTERPRET:
+            raise RuntimeError('backend="triton" needs CUDA tensors '
+                               "(or TRITON_INTERPRET=1, set before the import)")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f'backend="triton" takes float32 or float64, not {dtype}')
     return backend
 
 
 def _check(name, tensor, shape, like=None, dtype=None):
-    """One clear line for a wrong shape (None: any size), dtype or device. `like` gives dtype (unless told) and device."""
+    """Shape (None: any size), dtype and device; the last two as those of `like` unless told."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    if tensor.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+    sizes = zip(shape, tensor.shape)
+    if tensor.dim() != len(shape) or any(want not in (None, have) for want, have in sizes):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted ({wanted})")
     dtype = dtype or (like.dtype if like is not None else None)
-    if (dtype is None and not tensor.is_floating_point()) or dtype not in (None, tensor.dtype):
-        raise ValueError(f"{name} has dtype {tensor.dtype}, wanted {dtype or 'a floating-point one'}")
+    if dtype not in (None, tensor.dtype) or (dtype is None and not tensor.is_floating_point()):
+        raise ValueError(f"{name} has dtype {tensor.dtype}, wanted {dtype or 'floating-point'}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, the others on {like.device}")
 
 
-def _turn(matrix):
-    """matrix.t().contiguous() in a third of the time: PyTorch copies a 2-D transpose on one thread."""
-    return matrix.t()[None].contiguous()[0]
+def _launch(kernel, grid, *inputs, fp_fusion=True):
+    """kernel[grid](*inputs) on the first input's device; nothing where the grid is empty. fp_fusion
+    lets a b + c be one instruction that rounds once; Triton versions differ in the default."""
+    if math.prod(grid) > 0:
+        with torch.cuda.device_of(inputs[0]):
+            kernel[grid](*inputs, num_warps=4, enable_fp_fusion=fp_fusion)
 
 
-# ====================================================================================================================== 1. march
-# A ray o + t d meets the planes x = low_x and x = high_x at t = (low_x - o_x) / d_x and (high_x - o_x) / d_x; it is inside the box where it
-# is inside all three slabs: t_in = largest entry, t_out = smallest exit, cut to [near, far]. On the lattice t_k = t_in + (k + jitter) step,
-# the interval [t_k, t_k + step] is a sample when its middle lies before t_out and in an occupied cell of the grid.
-# A ray with a unit direction stays in the box for at most its diagonal, so it has at most diagonal / step + 2 points, whatever
-# `far` is. A shorter direction would have more, without limit: beyond twice the diagonal it is refused. A direction of 0 leads
-# nowhere: no samples.
-
-TOO_SHORT = "rays_d: a ray stays in the box for more than twice its diagonal: give unit directions"
-
-
-def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None):
-    """All R x S lattice points at once, S the longest ray's count, then keep those that hit."""
-    low, high = aabb
-    parallel = rays_d == 0                                                          # never leaves its slab, or never enters it
-    inverse = 1 / torch.where(parallel, 1.0, rays_d)
-    first, second = (low - rays_o) * inverse, (high - rays_o) * inverse             # (R, 3)
-    inside = (low <= rays_o) & (rays_o <= high)
-    always = torch.where(inside, math.inf, -math.inf).to(rays_o.dtype)              # a parallel ray's stay in its slab: (-inf, inf) or none
-    enter = torch.where(parallel, -always, torch.minimum(first, second))
-    leave = torch.where(parallel, always, torch.maximum(first, second))
-    t_in, t_out = enter.amax(1).clamp(min=near), leave.amin(1).clamp(max=far)       # (R,)
-    crosses = (t_out > t_in) & (t_out < math.inf) & ~parallel.all(1)                # not where NaN
-    length = torch.where(crosses, t_out - t_in, 0.0)                                # (R,)
-    if (length > 2 * (high - low).norm()).any():
-        raise ValueError(TOO_SHORT)
-
-    steps = int(length.max() / step + 0.5) + 1 if len(rays_o) else 0
-    k = torch.arange(steps, device=rays_o.device).to(rays_o.dtype)                  # (S,)
-    t = t_in[:, None] + (k if jitter is None else k + jitter[:, None]) * step       # (R, S)
-    middle = t + 0.5 * step
-    hit = (middle < t_out[:, None]) & (length > 0)[:, None]
-    cell = torch.zeros_like(hit, dtype=torch.int32)
-    for axis, size in enumerate(occupied.shape):                                    # grid coordinates are linear in t
-        scale = 1 / (high[axis] - low[axis]) * size
-        place = (rays_d[:, axis] * scale)[:, None] * middle + ((rays_o[:, axis] - low[axis]) * scale)[:, None]
-        cell = cell * size + place.int().clamp_(0, size - 1)
-    hit &= occupied.reshape(-1).index_select(0, cell.view(-1)).view_as(hit)
-
-    t_starts, counts = t.masked_select(hit), hit.sum(1)
-    offsets = nnf.pad(counts.cumsum(0), (1, 0))
-    ray_ids = torch.repeat_interleave(counts, output_size=len(t_starts))
-    return t_starts, t_starts + step, offsets, ray_ids
+# Triton compiles anew for a size of 1 or a multiple of 16, but not for these, which often change.
+_jit_sized = triton.jit(do_not_specialize=["R", "N", "M"])
 
 
 @triton.jit
 def _divide(a, b):
-    """Correctly rounded, as PyTorch divides (in float32, Triton's own / may be off in the last bit)."""
+    """Rounded correctly, as PyTorch divides. Triton's own / is approximate in float32."""
     if b.dtype == tl.float64:
         return a / b
     else:
         return tl.div_rn(a, b)
 
 
-@triton.jit
-def _slab(o, d, low, high, t_in, t_out):
-    inverse = _divide(tl.full(d.shape, 1.0, d.dtype), tl.where(d == 0, 1.0, d).to(d.dtype))
-    first, second = (low - o) * inverse, (high - o) * inverse
-    inside = (low <= o) & (o <= high)
-    enter = tl.where(d == 0, tl.where(inside, float("-inf"), float("inf")), tl.minimum(first, second))
-    leave = tl.where(d == 0, tl.where(inside, float("inf"), float("-inf")), tl.maximum(first, second))
-    return tl.maximum(t_in, enter.to(d.dtype)), tl.minimum(t_out, leave.to(d.dtype))
+# ===================================================================================== 1. march
+# Instant-NGP appendix E. A ray o + t d meets the planes x = low_x and x = high_x at t = (low_x -
+# o_x) / d_x and (high_x - o_x) / d_x. It is inside the box where it is inside all three slabs:
+#     t_in = max(near, the three entries)        t_out = min(far, the three exits)
+# Points along the ray, jitter in [0, 1):
+#     t_k = t_in + (k + jitter) step             interval [t_k, t_k + step]
+# An interval is a sample where its middle lies before t_out and in an occupied cell of the grid.
+# With a unit direction the ray stays in the box for at most its diagonal, so that it has at most
+# diagonal / step + 2 samples. A shorter direction has more, without limit: a stay of more than
+# twice the diagonal is refused. A direction of 0 leads nowhere and has no samples.
+
+TOO_SHORT = "rays_d: in the box for more than twice its diagonal: give unit directions"
+
+
+def _stay_in_box(rays_o, rays_d, aabb, near, far):
+    """t_in, t_out and the length of the stay, 0 for a ray that misses the box, each (R,)."""
+    low, high = aabb
+    parallel = rays_d == 0
+    inverse = 1 / torch.where(parallel, 1.0, rays_d)
+    t_low = (low - rays_o) * inverse                                           # (R, 3)
+    t_high = (high - rays_o) * inverse
+    # A ray parallel to a slab is in it for t in (-inf, inf), or for none: (inf, -inf).
+    always = torch.where((low <= rays_o) & (rays_o <= high), math.inf, -math.inf).to(rays_o)
+    enter = torch.where(parallel, -always, torch.minimum(t_low, t_high))
+    leave = torch.where(parallel, always, torch.maximum(t_low, t_high))
+    t_in = enter.amax(1).clamp(min=near)
+    t_out = leave.amin(1).clamp(max=far)
+    crosses = (t_out > t_in) & (t_out < math.inf) & ~parallel.all(1)           # False where NaN
+    length = torch.where(crosses, t_out - t_in, 0.0)
+    if (length > 2 * (high - low).norm()).any():
+        raise ValueError(TOO_SHORT)
+    return t_in, t_out, length
+
+
+def march_ref(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None):
+    """All R x S points at once, S the number of the longest ray; then those that are samples."""
+    t_in, t_out, length = _stay_in_box(rays_o, rays_d, aabb, near, far)
+    low, high = aabb
+    S = int(length.max() / step + 0.5) + 1 if len(rays_o) else 0
+    k = torch.arange(S, device=rays_o.device).to(rays_o.dtype)
+    shift = 0.0 if jitter is None else jitter[:, None]
+    t = t_in[:, None] + (k + shift) * step                                     # (R, S)
+    middle = t + 0.5 * step
+    mask = (middle < t_out[:, None]) & (length > 0)[:, None]
+    cell = torch.zeros_like(mask, dtype=torch.int32)                           # x Y Z + y Z + z
+    for axis, size in enumerate(occupied.shape):
+        scale = 1 / (high[axis] - low[axis]) * size                            # cells a unit length
+        position = ((rays_d[:, axis] * scale)[:, None] * middle
+                    + ((rays_o[:, axis] - low[axis]) * scale)[:, None])
+        cell = cell * size + position.int().clamp_(0, size - 1)
+    mask &= occupied.reshape(-1).index_select(0, cell.view(-1)).view_as(mask)
+
+    t_starts = t.masked_select(mask)                                           # ray after ray
+    counts = mask.sum(1)
+    offsets = nnf.pad(counts.cumsum(0), (1, 0))
+    ray_indices = torch.repeat_interleave(counts, output_size=len(t_starts))
+    return t_starts, t_starts + step, offsets, ray_indices
 
 
 @triton.jit
-def _to_grid(o, d, low, high, size):
-    scale = _divide(tl.full(o.shape, 1.0, o.dtype), high - low + tl.zeros_like(o)) * size
-    return (o - low) * scale, d * scale
+def _march_axis(rays_o_ptr, rays_d_ptr, aabb_ptr, offs_r, mask_r, axis: tl.constexpr, size,
+                t_in, t_out):
+    """Cuts [t_in, t_out] to the slab of one axis. Returns also origin and direction in cells of the
+    grid, and the width of the box."""
+    o = tl.load(rays_o_ptr + offs_r * 3 + axis, mask_r, 0.0)
+    d = tl.load(rays_d_ptr + offs_r * 3 + axis, mask_r, 0.0)
+    low = tl.load(aabb_ptr + axis)
+    high = tl.load(aabb_ptr + 3 + axis)
+    one = tl.full(d.shape, 1.0, d.dtype)
+    inverse = _divide(one, tl.where(d == 0, 1.0, d).to(d.dtype))
+    t_low = (low - o) * inverse
+    t_high = (high - o) * inverse
+    always = tl.where((low <= o) & (o <= high), float("inf"), float("-inf"))
+    enter = tl.where(d == 0, -always, tl.minimum(t_low, t_high)).to(d.dtype)
+    leave = tl.where(d == 0, always, tl.maximum(t_low, t_high)).to(d.dtype)
+    scale = _divide(one, high - low + tl.zeros_like(o)) * size
+    return ((o - low) * scale, d * scale, high - low, tl.maximum(t_in, enter),
+            tl.minimum(t_out, leave))
 
 
 @triton.jit
-def _cell(o, d, size, middle):
-    place = d[:, None] * middle + o[:, None]
-    return tl.minimum(tl.maximum(place.to(tl.int32), 0), size - 1)
+def _cell_at(o, d, middle, size):
+    position = d[:, None] * middle + o[:, None]
+    return tl.minimum(tl.maximum(position.to(tl.int32), 0), size - 1)
 
 
-@triton.jit
-def _march_kernel(rays_o, rays_d, occupied, aabb, jitter, counts, offsets, t_starts, t_ends, ray_ids, R, X, Y, Z,
-                  step: "fp64", near: "fp64", far: "fp64", WRITE: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
-    """One body for both passes, compiled without fused multiply-adds: the counting and the writing pass must agree to the last bit."""
-    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
-    alive = r < R
-    dtype = rays_o.dtype.element_ty
-    ox, oy, oz = tl.load(rays_o + r * 3, alive, 0.0), tl.load(rays_o + r * 3 + 1, alive, 0.0), tl.load(rays_o + r * 3 + 2, alive, 0.0)
-    dx, dy, dz = tl.load(rays_d + r * 3, alive, 0.0), tl.load(rays_d + r * 3 + 1, alive, 0.0), tl.load(rays_d + r * 3 + 2, alive, 0.0)
-    x0, y0, z0 = tl.load(aabb), tl.load(aabb + 1), tl.load(aabb + 2)
-    x1, y1, z1 = tl.load(aabb + 3), tl.load(aabb + 4), tl.load(aabb + 5)
-    t_in, t_out = _slab(ox, dx, x0, x1, tl.full((RAYS,), near, dtype), tl.full((RAYS,), far, dtype))
-    t_in, t_out = _slab(oy, dy, y0, y1, t_in, t_out)
-    t_in, t_out = _slab(oz, dz, z0, z1, t_in, t_out)
-    number = ox + oy + oz + dx + dy + dz                                            # NaN where any is: minimum and maximum dropped it
-    crosses = alive & (number == number) & (t_out > t_in) & (t_out < float("inf"))
-    crosses = crosses & ((dx != 0) | (dy != 0) | (dz != 0))
+@_jit_sized
+def _march_kernel(rays_o_ptr, rays_d_ptr, occupied_ptr, aabb_ptr, jitter_ptr, offsets_ptr,
+                  t_starts_ptr, t_ends_ptr, ray_indices_ptr, R, X, Y, Z, step: "fp64",
+                  near: "fp64", far: "fp64", BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+                  WRITE: tl.constexpr):
+    """Counts the samples of each ray, or writes them. One body, compiled without fused
+    multiply-adds, because both passes must agree to the last bit."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    dtype = rays_o_ptr.dtype.element_ty
+    t_in = tl.full((BLOCK_R,), near, dtype)
+    t_out = tl.full((BLOCK_R,), far, dtype)
+    ox, dx, width_x, t_in, t_out = _march_axis(rays_o_ptr, rays_d_ptr, aabb_ptr, offs_r, mask_r,
+                                               0, X, t_in, t_out)
+    oy, dy, width_y, t_in, t_out = _march_axis(rays_o_ptr, rays_d_ptr, aabb_ptr, offs_r, mask_r,
+                                               1, Y, t_in, t_out)
+    oz, dz, width_z, t_in, t_out = _march_axis(rays_o_ptr, rays_d_ptr, aabb_ptr, offs_r, mask_r,
+                                               2, Z, t_in, t_out)
+    checksum = ox + oy + oz + dx + dy + dz          # tl.minimum and tl.maximum have dropped a NaN
+    crosses = mask_r & (checksum == checksum) & ((dx != 0) | (dy != 0) | (dz != 0))
+    crosses = crosses & (t_out > t_in) & (t_out < float("inf"))
     length = tl.where(crosses, t_out - t_in, 0.0).to(dtype)
-    diagonal = tl.sqrt((x1 - x0) * (x1 - x0) + (y1 - y0) * (y1 - y0) + (z1 - z0) * (z1 - z0))
+    diagonal = tl.sqrt(width_x * width_x + width_y * width_y + width_z * width_z)
     too_short = length > 2 * diagonal
     length = tl.where(too_short, 0.0, length).to(dtype)
-    size = tl.full((RAYS,), step, dtype)
-    ox, dx = _to_grid(ox, dx, x0, x1, X)
-    oy, dy = _to_grid(oy, dy, y0, y1, Y)
-    oz, dz = _to_grid(oz, dz, z0, z1, Z)
+
+    jitter = tl.load(jitter_ptr + offs_r, mask_r, 0.0)
+    if WRITE:
+        begin = tl.load(offsets_ptr + offs_r, mask_r, 0)
+        end = tl.load(offsets_ptr + offs_r + 1, mask_r, 0)
+    count = tl.zeros((BLOCK_R,), tl.int32)                  # samples of the ray so far
+    size = tl.full((BLOCK_R,), step, dtype)
     steps = tl.max((_divide(length, size) + 0.5).to(tl.int32)) + 1
-    shift = tl.load(jitter + r, alive, 0.0)
-    done = tl.zeros((RAYS,), tl.int32)                                              # samples of the ray so far
-    begin = tl.load(offsets + r, alive, 0)
     start = 0
     while start < steps:
-        k = (start + tl.arange(0, BLOCK)).to(dtype)
-        t = t_in[:, None] + (k[None, :] + shift[:, None]) * size[:, None]
+        k = (start + tl.arange(0, BLOCK_S)).to(dtype)
+        t = t_in[:, None] + (k[None, :] + jitter[:, None]) * size[:, None]
         middle = t + 0.5 * size[:, None]
-        hit = (middle < t_out[:, None]) & (length > 0)[:, None]
-        cell = (_cell(ox, dx, X, middle) * Y + _cell(oy, dy, Y, middle)).to(tl.int64) * Z + _cell(oz, dz, Z, middle)
-        hit = hit & (tl.load(occupied + cell, hit, 0) != 0)
+        mask = (middle < t_out[:, None]) & (length > 0)[:, None]
+        cell = (_cell_at(ox, dx, middle, X) * Y + _cell_at(oy, dy, middle, Y)).to(tl.int64) * Z
+        cell += _cell_at(oz, dz, middle, Z)
+        mask = mask & (tl.load(occupied_ptr + cell, mask, 0) != 0)
         if WRITE:
-            slot = begin[:, None] + (done[:, None] + tl.cumsum(hit.to(tl.int32), 1) - 1)
-            tl.store(t_starts + slot, t, hit)
-            tl.store(t_ends + slot, t + size[:, None], hit)
-            tl.store(ray_ids + slot, tl.broadcast_to(r[:, None], (RAYS, BLOCK)), hit)
-        done += tl.sum(hit.to(tl.int32), 1)
-        start += BLOCK
+            offs_n = begin[:, None] + (count[:, None] + tl.cumsum(mask.to(tl.int32), 1) - 1)
+            mask_n = mask & (offs_n < end[:, None])         # not beyond the budget
+            tl.store(t_starts_ptr + offs_n, t, mask_n)
+            tl.store(t_ends_ptr + offs_n, t + size[:, None], mask_n)
+            tl.store(ray_indices_ptr + offs_n, offs_r[:, None], mask_n)
+        count += tl.sum(mask.to(tl.int32), 1)
+        start += BLOCK_S
     if not WRITE:
-        tl.store(counts + r, tl.where(too_short, -(1 << 40), done.to(tl.int64)), alive)
+        count = tl.where(too_short, -(1 << 40), count.to(tl.int64))
+        tl.store(offsets_ptr + offs_r + 1, count, mask_r)
 
 
-def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter):
-    """Two launches: count the samples of each ray, add the counts up, write the samples where they belong."""
-    R, device, dtype = len(rays_o), rays_o.device, rays_o.dtype
-    rays_o, rays_d, aabb, grid = rays_o.contiguous(), rays_d.contiguous(), aabb.contiguous(), occupied.contiguous().view(torch.uint8)
-    jitter = torch.zeros(R, dtype=dtype, device=device) if jitter is None else jitter.contiguous()
-    offsets = torch.zeros(R + 1, dtype=torch.int64, device=device)
+def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter, budget):
+    """Two launches: count the samples of each ray; add the counts up; write the samples."""
+    R = len(rays_o)
+    jitter = rays_o.new_zeros(R) if jitter is None else jitter
+    inputs = [a.contiguous() for a in (rays_o, rays_d, occupied.view(torch.uint8), aabb, jitter)]
+    numbers = (R, *occupied.shape, step, near, far, BLOCK_R, BLOCK_S)
+    grid = (triton.cdiv(R, BLOCK_R),)
+    counts = rays_o.new_zeros(R + 1, dtype=torch.int64)     # after a leading 0
+    _launch(_march_kernel, grid, *inputs, counts, jitter, jitter, counts, *numbers, False,
+            fp_fusion=False)
+    if budget is None:
+        offsets = counts.cumsum(0)
+        N = int(offsets[-1])                                # waits for the GPU
+        if N < 0:
+            raise ValueError(TOO_SHORT)
+    else:
+        totals = counts.clamp(min=0).cumsum(0)
+        offsets = totals.clamp(max=budget)
+        N = budget
+    t_starts, t_ends, ray_indices = rays_o.new_zeros(N), rays_o.new_zeros(N), offsets.new_zeros(N)
+    _launch(_march_kernel, grid, *inputs, offsets, t_starts, t_ends, ray_indices, *numbers, True,
+            fp_fusion=False)
+    samples = t_starts, t_ends, offsets, ray_indices
+    return samples if budget is None else (*samples, totals[-1] - offsets[-1])
 
-    def launch(t_starts, t_ends, ray_ids, write):
-        with torch.cuda.device_of(rays_o):
-            _march_kernel[triton.cdiv(R, RAYS),](rays_o, rays_d, grid, aabb, jitter, offsets[1:], offsets, t_starts, t_ends, ray_ids, R,
-                                                 *occupied.shape, step, near, far, write, RAYS, BLOCK, num_warps=RAYS, enable_fp_fusion=False)
-    if R:
-        launch(jitter, jitter, offsets, False)
-    offsets = offsets.cumsum(0)
-    N = int(offsets[-1])
-    if N < 0:                                                                       # a ray was marked
-        raise ValueError(TOO_SHORT)
-    t_starts, t_ends = (torch.empty(N, dtype=dtype, device=device) for _ in range(2))
-    ray_ids = torch.empty(N, dtype=torch.int64, device=device)
-    if N:
-        launch(t_starts, t_ends, ray_ids, True)
-    return t_starts, t_ends, offsets, ray_ids
 
+def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None,
+          backend="auto", budget=None):
+    """Walk along rays through an occupancy grid and return packed samples. No gradient.
 
-def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=None, backend="auto"):
-    """Walk rays through an occupancy grid and emit packed samples.  No gradient.
-
-    rays_o, rays_d (R, 3) origins and unit directions, so that t is metric (a zero or NaN direction
-    gives no samples); occupied (X, Y, Z) bool; aabb (2, 3) lowest and highest corner of the grid;
-    step, near, far in units of t; jitter (R,) in [0, 1) or None for 0 (evaluation).
-    Returns t_starts (N,), t_ends (N,) = t_starts + step, offsets (R+1,) int64, ray_ids (N,) int64.
-    Example: a ray along +x from the left face of a box 1 wide, all occupied, step 0.4: middles 0.2, 0.6 -> t_starts 0, 0.4 (1.0 is not < 1).
-    Bytes: 24 a ray in; out 16 a sample in float32 (two times, one int64); grid reads stay in cache (2 MB at 128^3), and both passes make them.
-    Floor: L2, 12 ns for 1000 steps of the lattice, occupied or not, if each of both passes touches another sector (along z 32 cells share
-    one); memory, 5 for 1000 samples at 20 a ray, with rays read and offsets read or written in both passes; arithmetic, 1 (some 30 flops a
-    step).
-    Raises ValueError (shape, dtype, device, step, directions too short), RuntimeError (Triton asked
-    for where it cannot run). Source: Instant-NGP, appendix E.
+    rays_o, rays_d (R, 3): origins and unit directions, so that t is metric. A direction of zero or
+    NaN gives no samples. occupied (X, Y, Z) bool; aabb (2, 3): lowest and highest corner of the
+    grid; step, near, far in units of t; jitter (R,) in [0, 1), or None for 0.
+    Returns t_starts (N,), t_ends (N,), offsets (R+1,) int64, ray_indices (N,) int64. To learn N,
+    the host waits for the GPU.
+    budget: N is this number instead, and nothing waits. Samples beyond it are dropped, from the
+    last ray backwards; rows behind offsets[-1] are 0 and belong to no ray. A fifth result is how
+    many were dropped, an int64 tensor. The kernels then do not raise for directions that are too
+    short, but give them no samples.
+    Example: a ray along x from the left face of a box 1 wide, all occupied, step 0.4. The middles
+    are 0.2, 0.6 and 1.0, and 1.0 is not before the exit: t_starts 0, 0.4.
     """
     _check("rays_o", rays_o, (None, 3))
     _check("rays_d", rays_d, (len(rays_o), 3), rays_o)
     _check("occupied", occupied, (None, None, None), rays_o, torch.bool)
     _check("aabb", aabb, (2, 3), rays_o, aabb.dtype)
-    if not (0 < step < math.inf):
+    if not 0 < step < math.inf:
         raise ValueError(f"step must be positive and finite, not {step}")
     if jitter is not None:
         _check("jitter", jitter, (len(rays_o),), rays_o)
-    backend = _backend(backend, ("reference",), rays_o)
+    inputs = (rays_o, rays_d, occupied, aabb.to(rays_o.dtype), float(step), float(near),
+              float(far), jitter)
     with torch.no_grad():
-        run = _march_triton if backend == "triton" else march_ref
-        return run(rays_o, rays_d, occupied, aabb.to(rays_o.dtype), float(step), float(near), float(far), jitter)
+        if _backend(backend, ("reference",), rays_o) == "triton":
+            return _march_triton(*inputs, budget)
+        t_starts, t_ends, offsets, ray_indices = march_ref(*inputs)
+        if budget is None:
+            return t_starts, t_ends, offsets, ray_indices
+        room = (0, budget - len(t_starts))                  # negative: nnf.pad cuts
+        dropped = (offsets[-1] - budget).clamp(min=0)
+        return (nnf.pad(t_starts, room), nnf.pad(t_ends, room), offsets.clamp(max=budget),
+                nnf.pad(ray_indices, room), dropped)
 
 
-# ================================================================================================================== 2. composite
-# NeRF eq. 3. With delta_i = t_end - t_start, tau_i = sigma_i delta_i and t_i the middle of the interval, along each ray
-#     T_i = exp(-sum_{j<i} tau_j)    alpha_i = 1 - exp(-tau_i)    w_i = T_i alpha_i
-#     rgb = sum w_i rgb_i            acc = sum w_i                depth = sum w_i t_i    (not divided by acc; no background)
-# Gradient: with g_i = dL/drgb . rgb_i + dL/dacc + t_i dL/ddepth + dL/dw_i
-#     dL/drgb_i = w_i dL/drgb        dL/dsigma_i = delta_i (g_i T_{i+1} - sum_{j>i} g_j w_j)
-# Both sums exclude their own term and start at their own end: never as total minus prefix. Behind an opaque surface such a difference
-# is 0 in float32, and where tau overflows it is inf - inf.
+# ================================================================================= 2. composite
+# NeRF eq. 3. Along each ray, with delta_i = t_end - t_start, tau_i = sigma_i delta_i and t_i the
+# middle of the interval:
+#     T_i = exp(-sum_{j<i} tau_j)     alpha_i = 1 - exp(-tau_i)     w_i = T_i alpha_i
+#     rgb = sum_i w_i rgb_i           opacity = sum_i w_i           depth = sum_i w_i t_i
+# Gradient. All outputs are sums of weights, so with g_i = dL/dw_i in total,
+#     g_i = dL/drgb . rgb_i + dL/dopacity + t_i dL/ddepth + (the caller's own dL/dw_i),
+# and dw_i/dtau_i = T_i exp(-tau_i) = T_{i+1}, dw_j/dtau_i = -w_j for j > i, 0 for j < i. Therefore
+#     dL/dsigma_i = delta_i (g_i T_{i+1} - sum_{j>i} g_j w_j)         dL/drgb_i = w_i dL/drgb
+# Both sums run from their own end and leave out their own term. Total minus prefix would cancel to
+# 0 in float32 behind an opaque surface, and where tau overflows it would be inf - inf.
 
 def composite_ref(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0):
-    """Rays padded to the longest, (R, S), for the one sum along the ray; cumsum's own backward sums from the far end."""
-    counts = offsets[1:] - offsets[:-1]                                             # (R,)
-    R, S = len(counts), int(counts.max()) if len(counts) else 0
-    mask = torch.arange(S, device=counts.device) < counts[:, None]                  # (R, S), its true entries are the packed samples
-    ray = torch.repeat_interleave(counts, output_size=len(sigmas))                  # (N,)
+    """The sum along the ray is taken on rays padded to the longest, (R, S)."""
+    N = int(offsets[-1])
+    if N < len(sigmas):                                     # the rows behind belong to no ray
+        samples = [tensor[:N] for tensor in (sigmas, rgbs, t_starts, t_ends)]
+        *sums, weights = composite_ref(*samples, offsets, early_stop)
+        return *sums, nnf.pad(weights, (0, len(sigmas) - N))
+    counts = offsets.diff()
+    R = len(counts)
+    S = int(counts.max()) if R else 0
+    mask = torch.arange(S, device=counts.device) < counts[:, None]             # (R, S)
+    ray_indices = torch.repeat_interleave(counts, output_size=len(sigmas))     # (N,)
     t_starts, t_ends = t_starts.detach(), t_ends.detach()
     tau = sigmas * (t_ends - t_starts)
-    before = nnf.pad(tau.new_zeros(R, S).masked_scatter(mask, tau), (1, 0))[:, :S].cumsum(1)    # moved on by one: the sum excludes its own
-    T = torch.exp(-before.masked_select(mask))                                      # (N,)
-    weights = T * torch.where(tau < 0.5, -torch.expm1(-tau), 1 - torch.exp(-tau))   # each where its value and its derivative keep their digits
+    padded = tau.new_zeros(R, S).masked_scatter(mask, tau)                     # row r holds ray r
+    tau_before = nnf.pad(padded, (1, 0))[:, :S].cumsum(1)                      # sum over j < i
+    T = torch.exp(-tau_before.masked_select(mask))                             # (N,)
+    # expm1 keeps the digits of a small alpha, exp those of the derivative of a large one.
+    weights = T * torch.where(tau < 0.5, -torch.expm1(-tau), 1 - torch.exp(-tau))
     if early_stop > 0:
         weights = torch.where(T >= early_stop, weights, 0.0)
-    rgb = rgbs.new_zeros(R, rgbs.shape[1]).index_add(0, ray, weights[:, None] * rgbs)
-    acc = rgbs.new_zeros(R).index_add(0, ray, weights)
-    depth = rgbs.new_zeros(R).index_add(0, ray, weights * (0.5 * (t_starts + t_ends)))
-    return rgb, acc, depth, weights
+    rgb = rgbs.new_zeros(R, rgbs.shape[1]).index_add(0, ray_indices, weights[:, None] * rgbs)
+    opacity = rgbs.new_zeros(R).index_add(0, ray_indices, weights)
+    depth = rgbs.new_zeros(R).index_add(0, ray_indices, weights * (0.5 * (t_starts + t_ends)))
+    return rgb, opacity, depth, weights
 
 
 @triton.jit
-def _join(sum_a, but_last_a, sum_b, but_last_b):
-    return sum_a + sum_b, sum_a + but_last_b
+def _join(sum_a, sum_but_last_a, sum_b, sum_but_last_b):
+    return sum_a + sum_b, sum_a + sum_but_last_b
 
 
 @triton.jit
-def _sum_before(x, REVERSE: tl.constexpr):
-    """Exclusive sums along axis 1 without a subtraction: scan pairs (sum of a stretch, sum of the stretch without its last element)."""
+def _exclusive_cumsum(x, REVERSE: tl.constexpr):
+    """Sums along axis 1 without their own term, and without a subtraction: scan the pairs
+    (sum of a run of elements, sum of the run without its last element)."""
     _, but_last = tl.associative_scan((x, tl.zeros_like(x)), 1, _join, reverse=REVERSE)
     return but_last
 
 
 @triton.jit
 def _alpha(tau):
-    """1 - exp(-tau) to full relative precision, as expm1 would: the rounding of u = exp(-tau) cancels in (1 - u) / log(u)."""
-    u = tl.exp(-tau)
-    return tl.where(u == 1, tau, tl.where(u > 0.5, (u - 1) * tau / tl.log(u), 1 - u))
+    """1 - exp(-tau) to full relative precision: in (1 - q) / log(q) the rounding of
+    q = exp(-tau) cancels, if division and logarithm are exact to the last bit or two."""
+    q = tl.exp(-tau)
+    return tl.where(q == 1, tau, tl.where(q > 0.5, _divide((q - 1) * tau, tl.log(q)), 1 - q))
 
 
 @triton.jit
-def _composite_forward(sigmas, rgbs, t_starts, t_ends, offsets, rgb, acc, depth, weights, transmittance, R, early_stop: "fp64",
-                       C: tl.constexpr, CP: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
-    alive = r < R
-    dtype = sigmas.dtype.element_ty
-    begin, end = tl.load(offsets + r, alive, 0), tl.load(offsets + r + 1, alive, 0)
-    c = tl.arange(0, CP)
-    limit = tl.full((1, 1), early_stop, dtype)
-    tau_sum, acc_sum, depth_sum = tl.zeros((RAYS,), dtype), tl.zeros((RAYS,), dtype), tl.zeros((RAYS,), dtype)
-    rgb_sum = tl.zeros((RAYS, CP), dtype)
-    start, longest = 0, tl.max(end - begin).to(tl.int32)
+def _load_rays(offsets_ptr, R, BLOCK_R: tl.constexpr):
+    """Rays of this program, whether they exist, their first sample and the one after their last."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs_r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    begin = tl.load(offsets_ptr + offs_r, mask_r, 0)
+    return offs_r, mask_r, begin, tl.load(offsets_ptr + offs_r + 1, mask_r, 0)
+
+
+@_jit_sized
+def _composite_forward(sigmas_ptr, rgbs_ptr, t_starts_ptr, t_ends_ptr, offsets_ptr, rgb_ptr,
+                       opacity_ptr, depth_ptr, weights_ptr, T_ptr, R, early_stop: "fp64",
+                       C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_S: tl.constexpr):
+    offs_r, mask_r, begin, end = _load_rays(offsets_ptr, R, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    dtype = sigmas_ptr.dtype.element_ty
+    stop = tl.full((1, 1), early_stop, dtype)
+    tau_sum = tl.zeros((BLOCK_R,), dtype)
+    opacity = tl.zeros((BLOCK_R,), dtype)
+    depth = tl.zeros((BLOCK_R,), dtype)
+    rgb = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    longest = tl.max(end - begin).to(tl.int32)
+    start = 0
     while start < longest:
-        n = begin[:, None] + start + tl.arange(0, BLOCK)[None, :]                   # (RAYS, BLOCK)
-        ok = n < end[:, None]
-        t0, t1 = tl.load(t_starts + n, ok, 0.0), tl.load(t_ends + n, ok, 0.0)
-        tau = tl.load(sigmas + n, ok, 0.0) * (t1 - t0)
-        T = tl.exp(-(tau_sum[:, None] + _sum_before(tau, False)))
-        w = tl.where(T >= limit, T * _alpha(tau), 0.0).to(dtype)
-        colour = tl.load(rgbs + n[:, :, None] * C + c[None, None, :], ok[:, :, None] & (c < C)[None, None, :], 0.0)
-        rgb_sum += tl.sum(w[:, :, None] * colour, 1)
-        acc_sum += tl.sum(w, 1)
-        depth_sum += tl.sum(w * (0.5 * (t0 + t1)), 1)
+        offs_n = begin[:, None] + start + tl.arange(0, BLOCK_S)[None, :]       # (BLOCK_R, BLOCK_S)
+        mask_n = offs_n < end[:, None]
+        t0 = tl.load(t_starts_ptr + offs_n, mask_n, 0.0)
+        t1 = tl.load(t_ends_ptr + offs_n, mask_n, 0.0)
+        tau = tl.load(sigmas_ptr + offs_n, mask_n, 0.0) * (t1 - t0)
+        T = tl.exp(-(tau_sum[:, None] + _exclusive_cumsum(tau, False)))
+        w = tl.where(T >= stop, T * _alpha(tau), 0.0).to(dtype)
+        offs_nc = offs_n[:, :, None] * C + offs_c[None, None, :]
+        colour = tl.load(rgbs_ptr + offs_nc, mask_n[:, :, None] & mask_c[None, None, :], 0.0)
+        rgb += tl.sum(w[:, :, None] * colour, 1)
+        opacity += tl.sum(w, 1)
+        depth += tl.sum(w * (0.5 * (t0 + t1)), 1)
         tau_sum += tl.sum(tau, 1)
-        tl.store(weights + n, w, ok)
-        tl.store(transmittance + n, T, ok)
-        start += BLOCK
-    tl.store(rgb + r[:, None] * C + c[None, :], rgb_sum, alive[:, None] & (c < C)[None, :])
-    tl.store(acc + r, acc_sum, alive)
-    tl.store(depth + r, depth_sum, alive)
+        tl.store(weights_ptr + offs_n, w, mask_n)
+        tl.store(T_ptr + offs_n, T, mask_n)
+        start += BLOCK_S
+    mask_rc = mask_r[:, None] & mask_c[None, :]
+    tl.store(rgb_ptr + offs_r[:, None] * C + offs_c[None, :], rgb, mask_rc)
+    tl.store(opacity_ptr + offs_r, opacity, mask_r)
+    tl.store(depth_ptr + offs_r, depth, mask_r)
 
 
-@triton.jit
-def _composite_backward(sigmas, rgbs, t_starts, t_ends, offsets, transmittance, d_rgb, d_acc, d_depth, d_weights, d_sigmas, d_rgbs, R,
-                        early_stop: "fp64", C: tl.constexpr, CP: tl.constexpr, RAYS: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of each ray from its far end; `behind` carries sum_{j>i} g_j w_j from block to block."""
-    r = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)
-    alive = r < R
-    dtype = sigmas.dtype.element_ty
-    begin, end = tl.load(offsets + r, alive, 0), tl.load(offsets + r + 1, alive, 0)
-    c = tl.arange(0, CP)
-    limit = tl.full((1, 1), early_stop, dtype)
-    g_rgb = tl.load(d_rgb + r[:, None] * C + c[None, :], alive[:, None] & (c < C)[None, :], 0.0)
-    g_acc, g_depth = tl.load(d_acc + r, alive, 0.0), tl.load(d_depth + r, alive, 0.0)
-    behind = tl.zeros((RAYS,), dtype)
-    start = tl.cdiv(tl.max(end - begin).to(tl.int32), BLOCK) * BLOCK - BLOCK            # the longest ray's last block
+@_jit_sized
+def _composite_backward(sigmas_ptr, rgbs_ptr, t_starts_ptr, t_ends_ptr, offsets_ptr, T_ptr,
+                        d_rgb_ptr, d_opacity_ptr, d_depth_ptr, d_weights_ptr, d_sigmas_ptr,
+                        d_rgbs_ptr, R, early_stop: "fp64", C: tl.constexpr, BLOCK_C: tl.constexpr,
+                        BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Blocks of each ray from its far end; suffix_sum is sum g_j w_j over the blocks behind. T is
+    read, not recomputed: from the far end the sum in front of a sample is not known."""
+    offs_r, mask_r, begin, end = _load_rays(offsets_ptr, R, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    dtype = sigmas_ptr.dtype.element_ty
+    stop = tl.full((1, 1), early_stop, dtype)
+    mask_rc = mask_r[:, None] & mask_c[None, :]
+    d_rgb = tl.load(d_rgb_ptr + offs_r[:, None] * C + offs_c[None, :], mask_rc, 0.0)
+    d_opacity = tl.load(d_opacity_ptr + offs_r, mask_r, 0.0)
+    d_depth = tl.load(d_depth_ptr + offs_r, mask_r, 0.0)
+    suffix_sum = tl.zeros((BLOCK_R,), dtype)
+    start = (tl.cdiv(tl.max(end - begin).to(tl.int32), BLOCK_S) - 1) * BLOCK_S     # the last block
     while start >= 0:
-        n = begin[:, None] + start + tl.arange(0, BLOCK)[None, :]
-        ok = n < end[:, None]
-        t0, t1 = tl.load(t_starts + n, ok, 0.0), tl.load(t_ends + n, ok, 0.0)
-        tau = tl.load(sigmas + n, ok, 0.0) * (t1 - t0)
-        T = tl.load(transmittance + n, ok, 0.0)
-        seen = ok & (T >= limit)
-        w = tl.where(seen, T * _alpha(tau), 0.0).to(dtype)
-        some = ok[:, :, None] & (c < C)[None, None, :]
-        colour = tl.load(rgbs + n[:, :, None] * C + c[None, None, :], some, 0.0)
-        g = tl.sum(colour * g_rgb[:, None, :], 2) + g_acc[:, None] + (0.5 * (t0 + t1)) * g_depth[:, None]
-        if d_weights is not None:
-            g += tl.load(d_weights + n, ok, 0.0)
-        gw = tl.where(seen, g * w, 0.0).to(dtype)
-        after = behind[:, None] + _sum_before(gw, True)
-        d_sigma = tl.where(seen, (t1 - t0) * (g * T * tl.exp(-tau) - after), 0.0)
-        tl.store(d_sigmas + n, d_sigma, ok)
-        tl.store(d_rgbs + n[:, :, None] * C + c[None, None, :], w[:, :, None] * g_rgb[:, None, :], some)
-        behind += tl.sum(gw, 1)
-        start -= BLOCK
+        offs_n = begin[:, None] + start + tl.arange(0, BLOCK_S)[None, :]
+        mask_n = offs_n < end[:, None]
+        t0 = tl.load(t_starts_ptr + offs_n, mask_n, 0.0)
+        t1 = tl.load(t_ends_ptr + offs_n, mask_n, 0.0)
+        tau = tl.load(sigmas_ptr + offs_n, mask_n, 0.0) * (t1 - t0)
+        T = tl.load(T_ptr + offs_n, mask_n, 0.0)
+        mask_seen = mask_n & (T >= stop)
+        w = tl.where(mask_seen, T * _alpha(tau), 0.0).to(dtype)
+        offs_nc = offs_n[:, :, None] * C + offs_c[None, None, :]
+        mask_nc = mask_n[:, :, None] & mask_c[None, None, :]
+        colour = tl.load(rgbs_ptr + offs_nc, mask_nc, 0.0)
+        g = tl.sum(colour * d_rgb[:, None, :], 2) + d_opacity[:, None]
+        g += 0.5 * (t0 + t1) * d_depth[:, None] + tl.load(d_weights_ptr + offs_n, mask_n, 0.0)
+        gw = tl.where(mask_seen, g * w, 0.0).to(dtype)
+        behind = suffix_sum[:, None] + _exclusive_cumsum(gw, True)
+        d_sigma = tl.where(mask_seen, (t1 - t0) * (g * T * tl.exp(-tau) - behind), 0.0)
+        tl.store(d_sigmas_ptr + offs_n, d_sigma, mask_n)
+        tl.store(d_rgbs_ptr + offs_nc, w[:, :, None] * d_rgb[:, None, :], mask_nc)
+        suffix_sum += tl.sum(gw, 1)
+        start -= BLOCK_S
 
 
-class _Composite(torch.autograd.Function):
+class _CompositeTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigmas, rgbs, t_starts, t_ends, offsets, early_stop):
-        ctx.set_materialize_grads(False)
-        sigmas, rgbs, t_starts, t_ends, offsets = (a.contiguous() for a in (sigmas, rgbs, t_starts, t_ends, offsets))
+        inputs = [tensor.contiguous() for tensor in (sigmas, rgbs, t_starts, t_ends, offsets)]
         R, C = len(offsets) - 1, rgbs.shape[1]
-        rgb, acc, depth = rgbs.new_empty(R, C), rgbs.new_empty(R), rgbs.new_empty(R)
-        weights, transmittance = torch.empty_like(sigmas), torch.empty_like(sigmas)
-        ctx.sizes = (R, early_stop, C, triton.next_power_of_2(C), RAYS, BLOCK)
-        if R:
-            with torch.cuda.device_of(sigmas):
-                _composite_forward[triton.cdiv(R, RAYS),](sigmas, rgbs, t_starts, t_ends, offsets, rgb, acc, depth, weights, transmittance,
-                                                          *ctx.sizes, num_warps=RAYS, enable_fp_fusion=True)
-        ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, offsets, transmittance)
-        return rgb, acc, depth, weights
+        rgb, opacity, depth = rgbs.new_empty(R, C), rgbs.new_empty(R), rgbs.new_empty(R)
+        weights = torch.zeros_like(inputs[0])   # 0 for samples of no ray, behind offsets[-1]
+        T = torch.empty_like(inputs[0])
+        ctx.numbers = (R, early_stop, C, triton.next_power_of_2(C), BLOCK_R, BLOCK_S)
+        ctx.grid = (triton.cdiv(R, BLOCK_R),)
+        _launch(_composite_forward, ctx.grid, *inputs, rgb, opacity, depth, weights, T,
+                *ctx.numbers)
+        ctx.save_for_backward(*inputs, T)
+        return rgb, opacity, depth, weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_rgb, d_acc, d_depth, d_weights):
-        sigmas, rgbs, *_ = saved = ctx.saved_tensors
-        R, _, C = ctx.sizes[:3]
-        d_rgb, d_acc, d_depth = (sigmas.new_zeros(shape) if d is None else d.contiguous()
-                                 for d, shape in ((d_rgb, (R, C)), (d_acc, (R,)), (d_depth, (R,))))
-        d_weights = None if d_weights is None else d_weights.contiguous()
-        d_sigmas, d_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
-        if R:
-            with torch.cuda.device_of(sigmas):
-                _composite_backward[triton.cdiv(R, RAYS),](*saved, d_rgb, d_acc, d_depth, d_weights, d_sigmas, d_rgbs,
-                                                           *ctx.sizes, num_warps=RAYS, enable_fp_fusion=True)
+    def backward(ctx, *grads):
+        sigmas, rgbs, *_ = ctx.saved_tensors
+        d_sigmas = torch.zeros_like(sigmas)
+        d_rgbs = torch.zeros_like(rgbs)
+        _launch(_composite_backward, ctx.grid, *ctx.saved_tensors,
+                *[grad.contiguous() for grad in grads], d_sigmas, d_rgbs, *ctx.numbers)
         return d_sigmas, d_rgbs, None, None, None, None
 
 
 def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="auto"):
-    """Blend the packed samples of each ray from front to back (NeRF eq. 3).  Returns rgb (R, C), acc (R,), depth (R,), weights (N,).
+    """Volume rendering of packed samples (NeRF eq. 3), front to back.
 
-    sigmas (N,) density per unit of t, at least 0; rgbs (N, C); t_starts, t_ends (N,) finite intervals, front to back in each ray;
-    offsets (R+1,) int64 from 0 to N. An empty ray gives zeros. No background: add (1 - acc) bg yourself.
-    early_stop: where the transmittance T_i is below it, the rest of the ray counts as hidden: weight 0, no gradient. 0 is off.
-    Gradient of all four outputs to sigmas and rgbs; none to t_starts, t_ends, offsets.
-    Example: one sample, sigma = ln 2, interval [1, 2], colour 1: alpha 0.5, so rgb 0.5, acc 0.5, depth 0.75, weights [0.5].
-    Bytes a sample in float32: forward reads 12 + 4C, writes 8 (weight, transmittance): 32 at C = 3; backward reads 16 + 4C, writes 4 + 4C: 44
-    (48 where weights carry a cotangent).
-    Floor: memory, 8 ns forward and 11 backward; arithmetic, 1 (some 60 flops each way). The kernels move just this: transmittance is kept
-    (4 written, 4 read) because the backward runs from the far end, where the sum in front of a sample is not known yet, and w_i / alpha_i
-    does not give it back where alpha_i is 0. A ray of 5 samples costs a warp as many instructions as one of 32, but not as many bytes.
-    Raises ValueError (shape, dtype, device; on the CPU also offsets that do not cover the samples), RuntimeError (Triton cannot run).
+    sigmas (N,) density per unit of t, at least 0; rgbs (N, C); t_starts, t_ends (N,) finite;
+    offsets (R+1,) int64, rising from 0. Samples behind offsets[-1] belong to no ray: weight and
+    gradient 0. So has a sample whose transmittance T_i is below early_stop; 0 switches this off.
+    Returns rgb (R, C), opacity (R,), depth (R,) (not divided by the opacity), weights (N,). A ray
+    without samples gives zeros. There is no background: add (1 - opacity) bg.
+    Gradient of all four outputs to sigmas and rgbs; none to the times.
+    Example: sigma = ln 2 on the interval [1, 2], colour 1. Half of the light is absorbed: rgb 0.5,
+    opacity 0.5, depth 0.5 * 1.5 = 0.75, weights [0.5].
     """
     _check("sigmas", sigmas, (None,))
     _check("rgbs", rgbs, (len(sigmas), None), sigmas)
@@ -446,24 +532,32 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
     _check("offsets", offsets, (None,), sigmas, torch.int64)
     if len(offsets) == 0 or rgbs.shape[1] == 0:
         raise ValueError("offsets needs R + 1 entries and rgbs at least one channel")
-    if not offsets.is_cuda and (offsets[0] != 0 or offsets[-1] != len(sigmas) or (offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to the number of samples, {len(sigmas)}; they run from {offsets[0]} to {offsets[-1]}")
-    if _backend(backend, ("reference",), sigmas) == "triton":
-        return _Composite.apply(sigmas, rgbs, t_starts, t_ends, offsets, float(early_stop))
-    return composite_ref(sigmas, rgbs, t_starts, t_ends, offsets, early_stop)
+    if not offsets.is_cuda:                     # on a GPU the host would wait for this check
+        if offsets[0] != 0 or offsets[-1] > len(sigmas) or (offsets.diff() < 0).any():
+            raise ValueError("offsets must rise from 0 to at most the number of samples, "
+                             f"{len(sigmas)}; they end at {offsets[-1]}")
+    run = {"reference": composite_ref, "triton": _CompositeTriton.apply}
+    run = run[_backend(backend, ("reference",), sigmas)]
+    return run(sigmas, rgbs, t_starts, t_ends, offsets, float(early_stop))
 
 
-# ================================================================================================================ 3. hash_encode
-# Instant-NGP section 3. Level l is a cubic lattice of res_l cells a side. A position falls into one cell of each level; the features of the
-# cell's eight corners, rows of the level's stretch of the table, are interpolated trilinearly, and the levels are concatenated:
+# =============================================================================== 3. hash_encode
+# Instant-NGP section 3. Level l is a cubic lattice of res_l cells a side. A position lies in one
+# cell of each level. The features of the cell's eight corners, which are rows of the level's part
+# of the table, are interpolated trilinearly, and the levels are concatenated:
 #     p = clamp(x, 0, 1) res      c = min(floor(p), res - 1)      u = p - c
-#     out[l] = sum_{k in {0,1}^3} w_k table[row(c + k)]           w_k = prod_axis (u if k_axis else 1 - u)
-#     row(v) = v_x + v_y (res+1) + v_z (res+1)^2                  where all (res+1)^3 corners fit into 2^log2_table rows ("dense")
-#            = (v_x ^ v_y 2654435761 ^ v_z 805459861) mod 2^log2_table    otherwise (eq. 4; products mod 2^32, so int32 does)
-# Gradient, with g = dL/dout[l]:  dL/dtable[row(c + k)] += w_k g     dL/dx_axis += res sum_k (dw_k/du_axis) g . table[row(c + k)]
+#     w_k = prod_a (u_a if k_a else 1 - u_a)                      a = x, y, z
+#     out[l] = sum_{k in {0,1}^3} w_k table[row(c + k)]
+#     row(v) = v_x + v_y (res+1) + v_z (res+1)^2           where (res+1)^3 <= 2^log2_table (dense)
+#     row(v) = (v_x ^ v_y 2654435761 ^ v_z 805459861) mod 2^log2_table     otherwise (eq. 4)
+# Gradient, with g = dL/dout[l]. out is linear in the table and, inside a cell, in each u_a:
+#     dL/dtable[row(c + k)] += w_k g
+#     dL/dx_a += res sum_k (dw_k/du_a) (g . table[row(c + k)])
+# dw_k/du_a is the product of the two other factors, negative where k_a = 0. Where the clamp acts,
+# dL/dx_a = 0, while the rows of the nearest face still receive their gradient.
 
 class HashLevels(NamedTuple):
-    """Layout of a hash table: tuples of length L, but offsets, of length L + 1. The table has offsets[-1] rows."""
+    """Layout of a hash table. Tuples of length L; offsets has L + 1, and the last is M."""
     resolutions: tuple          # cells a side
     sizes: tuple                # rows of the level
     offsets: tuple              # its first row
@@ -471,233 +565,193 @@ class HashLevels(NamedTuple):
 
 
 def hash_levels(levels, base, finest, log2_table):
-    """Resolutions in geometric progression from base to finest (Instant-NGP eq. 2 and 3), each level dense where it fits 2^log2_table rows."""
+    """Resolutions in geometric progression from base to finest (Instant-NGP eq. 2 and 3); a level
+    is dense where its corners fit into 2^log2_table rows."""
     if levels < 1 or not 1 <= base <= finest or not 0 <= log2_table <= 30:
-        raise ValueError(f"hash_levels: wanted levels >= 1, 1 <= base <= finest, 0 <= log2_table <= 30; got {levels}, {base}, {finest}, {log2_table}")
+        raise ValueError("hash_levels: wanted levels >= 1, 1 <= base <= finest, log2_table 0 to 30")
     growth = math.exp(math.log(finest / base) / (levels - 1)) if levels > 1 else 1.0
-    resolutions = tuple(math.floor(base * growth ** level + 1e-6) for level in range(levels))       # tiny: finest itself must not round down
-    dense = tuple((res + 1) ** 3 <= 2 ** log2_table for res in resolutions)
-    sizes = tuple((res + 1) ** 3 if fits else 2 ** log2_table for res, fits in zip(resolutions, dense))
-    return HashLevels(resolutions, sizes, tuple(sum(sizes[:level]) for level in range(levels + 1)), dense)
+    resolutions = tuple(math.floor(base * growth ** l + 1e-6) for l in range(levels))
+    corners = [(res + 1) ** 3 for res in resolutions]
+    sizes = tuple(min(number, 2 ** log2_table) for number in corners)
+    dense = tuple(number <= 2 ** log2_table for number in corners)
+    return HashLevels(resolutions, sizes, tuple(itertools.accumulate(sizes, initial=0)), dense)
 
 
-PRIMES = (1, 2654435761 - 2 ** 32, 805459861)           # as int32
+PRIMES = (1, 2654435761, 805459861)
 
 
-def _axes(x, levels):
-    """x (3, N) -> all levels' cells axis by axis: what the lower and the upper corner add to the row's number, (L, 3, 2, N) int32, and their
-    weights, (L, 3, 2, N)."""
-    res, size, _, dense = _layout(levels, x.device).view(-1, 4, 1, 1).unbind(1)     # each (L, 1, 1)
-    place = x.clamp(0, 1) * res                                                     # (L, 3, N)
-    cell = place.detach().int().clamp_(torch.zeros_like(res), res - 1)
-    upper, side = place - cell, res + 1
-    factor = torch.tensor(PRIMES, dtype=torch.int32, device=x.device)[:, None]      # (3, 1)
-    factor = torch.where(dense > 0, torch.cat([torch.ones_like(res), side, side * side], 1), factor)            # (L, 3, 1)
-    part = cell * factor
-    return torch.stack([part, part + factor], 2) & torch.where(dense > 0, -1, size - 1)[..., None], torch.stack([1 - upper, upper], 2)
-
-
-def _rows_weights(part, weight, dense):
-    """The axes of a level, (3, 2, N) each -> rows (8, N) int32 of the corners in its stretch of the table, weights (8, N). Bits 0, 1, 2 of the
-    corner's number: x, y, z."""
-    (cx, cy, cz), (wx, wy, wz) = part, weight                                       # each (2, N)
-    cy, cz, wy, wz = cy[:, None], cz[:, None, None], wy[:, None], wz[:, None, None]
-    rows = cz + cy + cx if dense else cz ^ cy ^ cx                                  # (2, 2, 2, N), axes z, y, x; mod 2^T: so were the parts
-    return rows.view(8, -1), (wz * wy * wx).view(8, -1)
+def _corners(cell, u):
+    """Yields the eight corners (N, 3) of cells (N, 3) and their weights (N,)."""
+    for upper in itertools.product((0, 1), repeat=3):
+        factors = [u[:, a] if upper[a] else 1 - u[:, a] for a in range(3)]
+        yield cell + torch.tensor(upper, device=cell.device), factors[0] * factors[1] * factors[2]
 
 
 def hash_encode_ref(x, table, levels):
     out = []
-    for *axes, dense, first in zip(*_axes(x.t(), levels), levels.dense, levels.offsets):
-        rows, weights = _rows_weights(*axes, dense)
-        out.append((table[rows + first] * weights[:, :, None]).sum(0))              # (8, N, F) -> (N, F)
-    return torch.cat(out, 1)
+    for res, size, first, dense in zip(*levels):
+        p = x.clamp(0, 1) * res                                                # (N, 3)
+        cell = p.detach().long().clamp(0, res - 1)
+        feature = table.new_zeros(len(x), table.shape[1])
+        for v, weight in _corners(cell, p - cell):
+            if dense:
+                row = v[:, 0] + v[:, 1] * (res + 1) + v[:, 2] * (res + 1) ** 2
+            else:
+                row = (v[:, 0] ^ v[:, 1] * PRIMES[1] ^ v[:, 2] * PRIMES[2]) % size
+            feature = feature + weight[:, None] * table[first + row]
+        out.append(feature)
+    return torch.cat(out, 1)                                                   # (N, L F)
 
 
 @triton.jit
-def _place(x, n, alive, axis: tl.constexpr, res):
-    """One axis of the positions -> lower lattice coordinate, its distance u to the position in cells, whether x lies in [0, 1]."""
-    x = tl.load(x + n * 3 + axis, alive, 0.0)
-    p = tl.where(x < 0, 0.0, tl.where(x > 1, 1.0, x)).to(x.dtype) * res                 # not minimum and maximum: those would hide a NaN
-    cell = tl.minimum(tl.maximum(p.to(tl.int32), 0), res - 1)
-    return cell, p - cell.to(x.dtype), (x >= 0) & (x <= 1)
+def _corner(cell, u, CORNER: tl.constexpr):
+    """A corner and the three factors of its weight. Bits 0, 1, 2 of CORNER say whether it is the
+    upper one along x, y, z."""
+    x = cell[0] + (CORNER & 1)
+    y = cell[1] + (CORNER >> 1 & 1)
+    z = cell[2] + (CORNER >> 2)
+    wx = u[0] if CORNER & 1 else 1 - u[0]
+    wy = u[1] if CORNER >> 1 & 1 else 1 - u[1]
+    wz = u[2] if CORNER >> 2 else 1 - u[2]
+    return (x, y, z), (wx, wy, wz)
 
 
 @triton.jit
-def _row(x, y, z, res, size, first, dense):
+def _load_axis(x_ptr, offs_n, mask_n, axis: tl.constexpr, scale, last):
+    """Position times scale, clamped to [0, last] -> lower corner of its cell, u."""
+    p = tl.load(x_ptr + offs_n * 3 + axis, mask_n, 0.0) * scale
+    p = tl.where(p < 0, 0.0, tl.where(p > last, last, p)).to(x_ptr.dtype.element_ty)  # keeps a NaN
+    c = tl.minimum(tl.maximum(p.to(tl.int32), 0), last - 1)
+    return c, p - c.to(p.dtype)
+
+
+@triton.jit
+def _load_cell(x_ptr, offs_n, mask_n, scale, last_x, last_y, last_z):
+    """The cell of each position in a lattice with corners 0 ... last along each axis."""
+    cx, ux = _load_axis(x_ptr, offs_n, mask_n, 0, scale, last_x)
+    cy, uy = _load_axis(x_ptr, offs_n, mask_n, 1, scale, last_y)
+    cz, uz = _load_axis(x_ptr, offs_n, mask_n, 2, scale, last_z)
+    return (cx, cy, cz), (ux, uy, uz)
+
+
+@triton.jit
+def _hash_cell(x_ptr, layout_ptr, offs_n, mask_n, level):
+    """What every hash kernel begins a level with: its cells, u, and its layout."""
+    res = tl.load(layout_ptr + level * 4)
+    size = tl.load(layout_ptr + level * 4 + 1)
+    first = tl.load(layout_ptr + level * 4 + 2)
+    dense = tl.load(layout_ptr + level * 4 + 3)
+    cell, u = _load_cell(x_ptr, offs_n, mask_n, res, res, res, res)
+    return cell, u, (res, size, first, dense)
+
+
+@triton.jit
+def _hash_row(corner, layout):
+    x, y, z = corner
+    res, size, first, dense = layout
     flat = x + (res + 1) * (y + (res + 1) * z)
-    hashed = (x ^ (y * -1640531535) ^ (z * 805459861)) & (size - 1)                     # 2654435761 as int32
+    hashed = (x ^ (y * -1640531535) ^ (z * 805459861)) & (size - 1)    # int32 wraps modulo 2^32
     return (tl.where(dense != 0, flat, hashed) + first).to(tl.int64)
 
 
-@triton.jit
-def _hash_forward(x, table, layout, out, N, L, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """Levels are the second grid axis: programs of one level run side by side, so that its stretch of the table stays in the L2 cache."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+@_jit_sized
+def _hash_kernel(x_ptr, table_ptr, layout_ptr, out_ptr, N, L: tl.constexpr, F: tl.constexpr,
+                 BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BACKWARD: tl.constexpr):
+    """Forward: out = sum of w row. Backward: row += w out, where table and out are the gradients;
+    loads become atomic additions, all else is the same. The level is the second grid axis: programs
+    of one level run one after the other, so that its part of the table stays in the L2 cache."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     level = tl.program_id(1)
-    alive, f = n < N, tl.arange(0, FP)
-    some = alive[:, None] & (f < F)[None, :]
-    res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
-    first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
-    cx, ux, _ = _place(x, n, alive, 0, res)
-    cy, uy, _ = _place(x, n, alive, 1, res)
-    cz, uz, _ = _place(x, n, alive, 2, res)
-    total = tl.zeros((POINTS, FP), table.dtype.element_ty)
+    offs_f = tl.arange(0, BLOCK_F)
+    mask_n = offs_n < N
+    mask_nf = mask_n[:, None] & (offs_f < F)[None, :]
+    offs_out = offs_n[:, None] * (L * F) + level * F + offs_f[None, :]
+    cell, u, layout = _hash_cell(x_ptr, layout_ptr, offs_n, mask_n, level)
+    if BACKWARD:
+        out = tl.load(out_ptr + offs_out, mask_nf, 0.0)
+    else:
+        out = tl.zeros((BLOCK_N, BLOCK_F), table_ptr.dtype.element_ty)
     for k in tl.static_range(8):
-        row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
-        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
-        total += w[:, None] * tl.load(table + row[:, None] * F + f[None, :], some, 0.0)
-    tl.store(out + n[:, None] * (L * F) + level * F + f[None, :], total, some)
+        corner, (wx, wy, wz) = _corner(cell, u, k)
+        offs_row = _hash_row(corner, layout)[:, None] * F + offs_f[None, :]
+        w = (wx * wy * wz)[:, None]
+        if BACKWARD:
+            tl.atomic_add(table_ptr + offs_row, w * out, mask_nf, sem="relaxed")
+        else:
+            out += w * tl.load(table_ptr + offs_row, mask_nf, 0.0)
+    if not BACKWARD:
+        tl.store(out_ptr + offs_out, out, mask_nf)
 
 
-@triton.jit
-def _hash_backward_table(x, layout, d_out, d_table, N, L, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """The forward's mirror image: eight atomic adds of a row of F. Their order, and so the last bits of the sums, changes from run to run."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    level = tl.program_id(1)
-    alive, f = n < N, tl.arange(0, FP)
-    some = alive[:, None] & (f < F)[None, :]
-    res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
-    first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
-    cx, ux, _ = _place(x, n, alive, 0, res)
-    cy, uy, _ = _place(x, n, alive, 1, res)
-    cz, uz, _ = _place(x, n, alive, 2, res)
-    g = tl.load(d_out + n[:, None] * (L * F) + level * F + f[None, :], some, 0.0)
-    for k in tl.static_range(8):
-        row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
-        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
-        tl.atomic_add(d_table + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
-
-
-@triton.jit
-def _hash_backward_x(x, table, layout, d_out, d_x, N, L: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """All levels in one program, so that each position is written once, without atomics."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    alive, f = n < N, tl.arange(0, FP)
-    some = alive[:, None] & (f < F)[None, :]
-    dtype = x.dtype.element_ty
-    dx, dy, dz = tl.zeros((POINTS,), dtype), tl.zeros((POINTS,), dtype), tl.zeros((POINTS,), dtype)
+@_jit_sized
+def _hash_backward_x(x_ptr, table_ptr, layout_ptr, d_out_ptr, d_x_ptr, N, L: tl.constexpr,
+                     F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """All levels in one program, so that a position's gradient is written once, without atomics."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_f = tl.arange(0, BLOCK_F)
+    mask_n = offs_n < N
+    mask_nf = mask_n[:, None] & (offs_f < F)[None, :]
+    zero = tl.zeros((BLOCK_N,), x_ptr.dtype.element_ty)
+    dx, dy, dz = zero, zero, zero
     for level in range(L):
-        res, size = tl.load(layout + level * 4), tl.load(layout + level * 4 + 1)
-        first, dense = tl.load(layout + level * 4 + 2), tl.load(layout + level * 4 + 3)
-        cx, ux, in_x = _place(x, n, alive, 0, res)
-        cy, uy, in_y = _place(x, n, alive, 1, res)
-        cz, uz, in_z = _place(x, n, alive, 2, res)
-        g = tl.load(d_out + n[:, None] * (L * F) + level * F + f[None, :], some, 0.0)
+        cell, u, layout = _hash_cell(x_ptr, layout_ptr, offs_n, mask_n, level)
+        offs_out = offs_n[:, None] * (L * F) + level * F + offs_f[None, :]
+        g = tl.load(d_out_ptr + offs_out, mask_nf, 0.0)
         for k in tl.static_range(8):
-            row = _row(cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), res, size, first, dense)
-            wx, wy, wz = (ux if k & 1 else 1 - ux), (uy if k >> 1 & 1 else 1 - uy), (uz if k >> 2 else 1 - uz)
-            s = tl.sum(g * tl.load(table + row[:, None] * F + f[None, :], some, 0.0), 1) * res
-            dx += tl.where(in_x, s if k & 1 else -s, 0.0).to(dtype) * wy * wz
-            dy += tl.where(in_y, s if k >> 1 & 1 else -s, 0.0).to(dtype) * wx * wz
-            dz += tl.where(in_z, s if k >> 2 else -s, 0.0).to(dtype) * wx * wy
-    tl.store(d_x + n * 3, dx, alive)
-    tl.store(d_x + n * 3 + 1, dy, alive)
-    tl.store(d_x + n * 3 + 2, dz, alive)
+            corner, (wx, wy, wz) = _corner(cell, u, k)
+            offs_row = _hash_row(corner, layout)[:, None] * F + offs_f[None, :]
+            s = tl.sum(g * tl.load(table_ptr + offs_row, mask_nf, 0.0), 1) * layout[0]
+            dx += (s if k & 1 else -s) * wy * wz
+            dy += (s if k >> 1 & 1 else -s) * wx * wz
+            dz += (s if k >> 2 else -s) * wx * wy
+    for axis in tl.static_range(3):
+        d = dx if axis == 0 else dy if axis == 1 else dz
+        x = tl.load(x_ptr + offs_n * 3 + axis, mask_n, 0.0)
+        clamped = (x < 0) | (x > 1) | (x != x)
+        tl.store(d_x_ptr + offs_n * 3 + axis, tl.where(clamped, 0.0, d), mask_n)
 
 
 @lru_cache(maxsize=16)
 def _layout(levels, device):
-    """The layout as the kernels read it: (L, 4) int32 of resolution, size, first row, dense. Kept, so that a step copies nothing to the GPU."""
-    return torch.tensor(list(zip(*levels[:2], levels.offsets[:-1], levels.dense)), dtype=torch.int32, device=device)
+    """(L, 4) int32: resolution, size, first row, dense. Kept, so that no step copies to the GPU."""
+    return torch.tensor(list(zip(*levels)), dtype=torch.int32, device=device)
 
 
 class _HashTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, levels):
-        x, table = x.contiguous(), table.contiguous()
-        (N, F), L = (len(x), table.shape[1]), len(levels.sizes)
+        x, table, layout = x.contiguous(), table.contiguous(), _layout(levels, x.device)
+        N, L, F = len(x), len(levels.sizes), table.shape[1]
+        ctx.numbers = (N, L, F, triton.next_power_of_2(F), BLOCK_N)
+        ctx.grid = (triton.cdiv(N, BLOCK_N), L)
+        ctx.save_for_backward(x, table, layout)
         out = table.new_empty(N, L * F)
-        ctx.save_for_backward(x, table, _layout(levels, x.device))
-        ctx.sizes = (N, L, F, triton.next_power_of_2(F), POINTS)
-        if N:
-            with torch.cuda.device_of(x):
-                _hash_forward[triton.cdiv(N, POINTS), L](x, table, _layout(levels, x.device), out, *ctx.sizes, enable_fp_fusion=True)
+        _launch(_hash_kernel, ctx.grid, x, table, layout, out, *ctx.numbers, False)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        (x, table, layout), (N, L, *_) = ctx.saved_tensors, ctx.sizes
-        d_out, d_x, d_table = d_out.contiguous(), None, None
-        with torch.cuda.device_of(x):
-            if ctx.needs_input_grad[1]:
-                d_table = torch.zeros_like(table)
-                if N:
-                    _hash_backward_table[triton.cdiv(N, POINTS), L](x, layout, d_out, d_table, *ctx.sizes, enable_fp_fusion=True)
-            if ctx.needs_input_grad[0]:
-                d_x = torch.empty_like(x)
-                if N:
-                    _hash_backward_x[triton.cdiv(N, POINTS),](x, table, layout, d_out, d_x, *ctx.sizes, enable_fp_fusion=True)
+        x, table, layout = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        d_x = d_table = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.empty_like(x)
+            _launch(_hash_backward_x, ctx.grid[:1], x, table, layout, d_out, d_x, *ctx.numbers)
+        if ctx.needs_input_grad[1]:
+            d_table = torch.zeros_like(table)
+            _launch(_hash_kernel, ctx.grid, x, d_table, layout, d_out, *ctx.numbers, True)
         return d_x, d_table, None
 
 
-def _take(table, rows):
-    """table[rows], (M, F), (n,) -> (n, F), on a CPU. A row that is as wide as some kind of number is read as one, in half the time or less."""
-    F = table.shape[1]
-    number = {8: torch.complex64, 16: torch.complex128}.get(F * table.element_size())
-    if number is None or table.storage_offset() % F or table.stride(0) != F:
-        return table.index_select(0, rows)
-    return table.view(number)[:, 0].index_select(0, rows).view(table.dtype).view(-1, F)
-
-
-class _HashTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU, level by level so that a level's rows and temporaries stay in the L2 cache. Forward: embedding_bag, the
-    gather and the weighted sum in one pass; where x wants a gradient, the rows are gathered once more, while they are in the cache, and kept
-    (32LF bytes a sample). Backward: each feature is an array of its own, into which one thread adds in a fixed order."""
-    @staticmethod
-    def forward(ctx, x, table, levels):
-        table, (parts, sides), kept, out = table.contiguous(), _axes(x.t().contiguous(), levels), [], []
-        for part, side, dense, first, size in zip(parts, sides, levels.dense, levels.offsets, levels.sizes):
-            (rows, weights), stretch = _rows_weights(part, side, dense), table[first:first + size]      # (8, N)
-            out.append(nnf.embedding_bag(_turn(rows), stretch, per_sample_weights=_turn(weights), mode="sum"))
-            kept += [rows, weights] + ([_turn(_take(stretch, rows.view(-1)))] if ctx.needs_input_grad[0] else [])
-        ctx.levels, ctx.shape = levels, table.shape
-        ctx.save_for_backward(x, sides[:, :, 1], *kept)
-        return torch.cat(out, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        (x, upper, *kept), levels, (M, F), (want_x, want_table, _) = ctx.saved_tensors, ctx.levels, ctx.shape, ctx.needs_input_grad
-        N, L, each = len(x), len(levels.sizes), len(kept) // len(levels.sizes)      # each: tensors kept of a level
-        d_table = d_out.new_empty(M, F) if want_table else None
-        s = d_out.new_zeros(L, 8, N) if want_x else None                            # s_k = g . table[row_k]
-        for level, g in enumerate(_turn(d_out).view(L, F, 1, N)):
-            rows, weights, *corners = kept[level * each:(level + 1) * each]
-            first, last = levels.offsets[level:level + 2]
-            if want_table:
-                sums = g.new_zeros(F, last - first).scatter_add_(1, rows.view(-1).long().expand(F, -1), (weights * g).view(F, -1))
-                d_table[first:last] = _turn(sums)
-            if want_x:
-                for feature, g_of in zip(corners[0].view(F, 8, N), g):
-                    s[level].addcmul_(feature, g_of)
-        if not want_x:
-            return None, d_table, None
-        s, (ux, uy, uz) = s.view(L, 2, 2, 2, N), upper.unbind(1)                    # axes z, y, x of the corners; each (L, N)
-        s0, dx = s[:, :, :, 0], s[:, :, :, 1] - s[:, :, :, 0]                       # (L, 2, 2, N): s differentiated along x,
-        s0 = torch.addcmul(s0, dx, ux[:, None, None])                               # and interpolated; then both along y and z
-        dx = torch.lerp(dx[:, :, 0], dx[:, :, 1], uy[:, None])                      # (L, 2, N)
-        s0, dy = s0[:, :, 0], s0[:, :, 1] - s0[:, :, 0]
-        s0 = torch.addcmul(s0, dy, uy[:, None])
-        d_x = torch.stack([torch.lerp(dx[:, 0], dx[:, 1], uz), torch.lerp(dy[:, 0], dy[:, 1], uz), s0[:, 1] - s0[:, 0]])       # (3, L, N)
-        d_x = (d_x * _layout(levels, x.device)[:, :1]).sum(1).t()
-        return d_x * ((x >= 0) & (x <= 1)), d_table, None
-
-
 def hash_encode(x, table, levels, backend="auto"):
-    """Features of positions from a multiresolution hash table (Instant-NGP section 3).  Returns (N, L F), levels one after the other.
+    """Features of positions from a multiresolution hash table.
 
-    x (N, 3) in [0, 1] (clamped: outside, the features of the nearest face and no gradient); table (levels.offsets[-1], F) of x's dtype;
-    levels from hash_levels. Gradient to table, and to x where x requires it (piecewise constant along each axis of a cell, so no second one).
-    Example: one dense level of 1 cell a side, F = 1, table rows 0, 1, ..., 7: x = (1/2, 1/4, 1) gives 1/2 + 2/4 + 4 = 5, gradient (1, 2, 4).
-    On a GPU the sums into the table are atomic, so their last bits differ from run to run; on the CPU they do not.
-    Bytes a sample in float32: forward 12 in and 4LF out, backward 12 + 4LF in and 12 out where x wants it; besides, 32LF of gathers and as many
-    of atomic adds, which stay in the L2 cache where a level's 2^T rows fit (2^19 rows of 2 features: 4 MB). At L = 8, F = 4: 140, 152 and 1024 bytes.
-    Floor at these sizes: L2, 370 ns forward, 750 backward to the table, 370 to x, as each of 64 corners is a sector of which a row fills half
-    (280, 560, 280 if in half of the cells two neighbours along x share one); memory, 35 and 38; arithmetic, 30 (some 1600 operations). The kernels
-    read x once a level from the L2 cache, and write a level's 4F bytes of a position at a time: whole sectors at F = 8, halves at F = 4.
-    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run).
+    x (N, 3) in [0, 1]; outside, a position has the features of the nearest face. table (M, F) of
+    x's dtype, M = levels.offsets[-1]; levels from hash_levels.
+    Returns (N, L F), one level after the other. Gradient to table and x.
+    Example: one dense level of one cell, F = 1, table rows 0, 1, ..., 7. x = (1/2, 1/4, 1) gives
+    1/2 + 2/4 + 4 = 5, and the gradient to x is (1, 2, 4).
     """
     _check("x", x, (None, 3))
     _check("table", table, (levels.offsets[-1], None), x)
@@ -705,92 +759,65 @@ def hash_encode(x, table, levels, backend="auto"):
     return run[_backend(backend, ("reference", "torch"), x)](x, table, levels)
 
 
-# =============================================================================================================== 4. voxel_interp
-# Plenoxels section 3.1: a lattice most of whose points are empty. links, as large as the lattice, says which row of values a point owns;
-# negative: none. A position in lattice coordinates falls into one cell, and what its corners own is interpolated trilinearly:
-#     p = clamp(x, 0, size - 1)      c = min(floor(p), size - 2)      u = p - c         (axis by axis; size = X, Y or Z)
-#     out = sum_{k in {0,1}^3} w_k values[links[c + k]]               w_k = prod_axis (u if k_axis else 1 - u)
-# A missing corner counts as 0, so that values fall off towards the empty side of a surface. A row is density and colour: one gather.
-# Gradient, with g = dL/dout:  dL/dvalues[links[c + k]] += w_k g     for corners that are there, and in the mask if there is one; none to x.
-
-def _voxel_corners(x, links):
-    """x (N, 3) -> rows (8, N) int32 of the corners in values (negative: not there), weights (8, N). Corners as in _rows_weights."""
-    top = torch.tensor(links.shape, dtype=x.dtype, device=x.device)[:, None] - 1    # (3, 1)
-    place = x.detach().t().clamp(min=0).minimum(top)                                # (3, N); both pass a NaN on
-    cell = place.long().clamp_(min=0).minimum(top.long() - 1)
-    upper = place - cell
-    (cx, cy, cz), (wx, wy, wz) = torch.stack([cell, cell + 1], 1), torch.stack([1 - upper, upper], 1)       # each (2, N)
-    _, Y, Z = links.shape
-    flat = (cx * (Y * Z))[None, None] + (cy * Z)[None, :, None] + cz[:, None, None]                        # (2, 2, 2, N), axes z, y, x
-    rows = links.reshape(-1).index_select(0, flat.view(-1))
-    return rows.view(8, -1), (wz[:, None, None] * wy[:, None] * wx).view(8, -1)
-
+# ============================================================================== 4. voxel_interp
+# Plenoxels section 3.1: a lattice most of whose points are empty. links, as large as the lattice,
+# holds the row of values that a point owns, or a negative number if it owns none. The features of
+# the eight corners of a position's cell are interpolated trilinearly; a missing corner counts as 0:
+#     p = clamp(x, 0, size - 1)      c = min(floor(p), size - 2)      u = p - c     (axis by axis)
+#     out = sum_{k in {0,1}^3} w_k values[links[c + k]]               w_k as in hash_encode
+# Gradient, with g = dL/dout; out is linear in values:
+#     dL/dvalues[links[c + k]] += w_k g      for corners that exist (and are in the mask, if given)
 
 def voxel_interp_ref(x, links, values, mask=None):
-    rows, weights = _voxel_corners(x, links)
     if mask is not None:
         values = torch.where(mask[:, None], values, values.detach())
-    values = nnf.pad(values, (0, 0, 1, 0))                                          # row 0: the zero of all who are missing
-    return (values[rows.clamp(min=-1) + 1] * weights[:, :, None]).sum(0)            # (8, N, F) -> (N, F)
+    values = nnf.pad(values, (0, 0, 1, 0))                     # row 0: the zeros of missing corners
+    last = torch.tensor(links.shape, dtype=x.dtype, device=x.device) - 1
+    p = x.detach().clamp(min=0).minimum(last)                                  # (N, 3)
+    cell = p.long().clamp(min=0).minimum(last.long() - 1)
+    out = values.new_zeros(len(x), values.shape[1])
+    for v, weight in _corners(cell, p - cell):
+        row = links[v[:, 0], v[:, 1], v[:, 2]].clamp(min=-1) + 1
+        out = out + weight[:, None] * values[row]
+    return out                                                                 # (N, F)
 
 
-@triton.jit
-def _voxel_place(x, n, alive, axis: tl.constexpr, size):
-    """One axis of the positions -> lower lattice coordinate, its distance u to the position."""
-    x = tl.load(x + n * 3 + axis, alive, 0.0)
-    p = tl.where(x < 0, 0.0, tl.where(x > size - 1, size - 1, x)).to(x.dtype)           # passes a NaN on, as in _place
-    cell = tl.minimum(tl.maximum(p.to(tl.int32), 0), size - 2)
-    return cell, p - cell.to(x.dtype)
-
-
-@triton.jit
-def _voxel_row(links, x, y, z, alive, Y, Z, M):
-    """A corner's row and whether it is there. A row that values does not have counts as missing: nothing is read or written outside."""
-    row = tl.load(links + (x.to(tl.int64) * Y + y) * Z + z, alive, -1)
-    return row.to(tl.int64), alive & (row >= 0) & (row < M)
-
-
-@triton.jit
-def _voxel_forward(x, links, values, out, N, X, Y, Z, M, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    alive, f = n < N, tl.arange(0, FP)
-    cx, ux = _voxel_place(x, n, alive, 0, X)
-    cy, uy = _voxel_place(x, n, alive, 1, Y)
-    cz, uz = _voxel_place(x, n, alive, 2, Z)
-    total = tl.zeros((POINTS, FP), values.dtype.element_ty)
+@_jit_sized
+def _voxel_kernel(x_ptr, links_ptr, mask_ptr, values_ptr, out_ptr, N, X, Y, Z, M, F: tl.constexpr,
+                  BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BACKWARD: tl.constexpr):
+    """As _hash_kernel. A corner that is missing or masked out costs no atomic addition. The
+    gradient `out` is loaded corner by corner (from the L1 cache after the first), so that a
+    position without any corner reads none."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_f = tl.arange(0, BLOCK_F)
+    mask_n = offs_n < N
+    mask_f = (offs_f < F)[None, :]
+    offs_out = offs_n[:, None] * F + offs_f[None, :]
+    cell, u = _load_cell(x_ptr, offs_n, mask_n, 1, X - 1, Y - 1, Z - 1)
+    out = tl.zeros((BLOCK_N, BLOCK_F), values_ptr.dtype.element_ty)
     for k in tl.static_range(8):
-        row, there = _voxel_row(links, cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), alive, Y, Z, M)
-        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
-        total += w[:, None] * tl.load(values + row[:, None] * F + f[None, :], there[:, None] & (f < F)[None, :], 0.0)
-    tl.store(out + n[:, None] * F + f[None, :], total, alive[:, None] & (f < F)[None, :])
-
-
-@triton.jit
-def _voxel_backward(x, links, mask, d_out, d_values, N, X, Y, Z, M, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """The forward's mirror image. A corner that is missing or masked out costs no atomic; a position all of whose corners are, no read of
-    d_out either: g is loaded corner by corner, from the L1 cache after the first time."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    alive, f = n < N, tl.arange(0, FP)
-    cx, ux = _voxel_place(x, n, alive, 0, X)
-    cy, uy = _voxel_place(x, n, alive, 1, Y)
-    cz, uz = _voxel_place(x, n, alive, 2, Z)
-    for k in tl.static_range(8):
-        row, takes = _voxel_row(links, cx + (k & 1), cy + (k >> 1 & 1), cz + (k >> 2), alive, Y, Z, M)
-        if mask is not None:
-            takes = takes & (tl.load(mask + row, takes, 0) != 0)
-        w = (ux if k & 1 else 1 - ux) * (uy if k >> 1 & 1 else 1 - uy) * (uz if k >> 2 else 1 - uz)
-        some = takes[:, None] & (f < F)[None, :]
-        g = tl.load(d_out + n[:, None] * F + f[None, :], some, 0.0)
-        tl.atomic_add(d_values + row[:, None] * F + f[None, :], w[:, None] * g, some, sem="relaxed")
+        (x, y, z), (wx, wy, wz) = _corner(cell, u, k)
+        row = tl.load(links_ptr + (x.to(tl.int64) * Y + y) * Z + z, mask_n, -1).to(tl.int64)
+        mask_row = mask_n & (row >= 0) & (row < M)      # nothing is read or written outside
+        if mask_ptr is not None:
+            mask_row = mask_row & (tl.load(mask_ptr + row, mask_row, 0) != 0)
+        offs_row = row[:, None] * F + offs_f[None, :]
+        mask_nf = mask_row[:, None] & mask_f
+        w = (wx * wy * wz)[:, None]
+        if BACKWARD:
+            g = tl.load(out_ptr + offs_out, mask_nf, 0.0)
+            tl.atomic_add(values_ptr + offs_row, w * g, mask_nf, sem="relaxed")
+        else:
+            out += w * tl.load(values_ptr + offs_row, mask_nf, 0.0)
+    if not BACKWARD:
+        tl.store(out_ptr + offs_out, out, mask_n[:, None] & mask_f)
 
 
 def _block_sizes(F):
-    """F, F rounded up, positions of a program of voxel_interp or triplane_interp. It has 4 warps, as all here. At F = 28: 16 positions;
-    eight lanes share a row, one 128-bit load or atomic each, and a thread has one row: 40 registers. sm_80 adds one number a lane, so that
-    each lane needs the address of many rows: 90 registers, and at 32 positions 161. At F <= 4: 128 positions, one lane a row.
-    triplane_interp at F = 12 and 32, 32 and 16 positions: a thread's twelve loads in flight in 48 registers; twice as many take 94."""
-    FP = triton.next_power_of_2(F)
-    return F, FP, max(1, min(POINTS, CELLS // FP))
+    """F, F rounded up, positions of a program. At F = 28 that is 16, so that eight lanes share a
+    row, each with one 128-bit load or atomic addition; twice as many need 94 registers and more."""
+    BLOCK_F = triton.next_power_of_2(F)
+    return F, BLOCK_F, max(1, min(BLOCK_N, BLOCK_NF // BLOCK_F))
 
 
 class _VoxelTriton(torch.autograd.Function):
@@ -798,464 +825,423 @@ class _VoxelTriton(torch.autograd.Function):
     def forward(ctx, x, links, values, mask):
         x, links, values = x.contiguous(), links.contiguous(), values.contiguous()
         mask = None if mask is None else mask.contiguous().view(torch.uint8)
-        (N, (M, F)) = len(x), values.shape
-        out = values.new_empty(N, F)
         ctx.save_for_backward(x, links, mask)
-        ctx.sizes = (N, *links.shape, M, *_block_sizes(F))
-        if N:
-            with torch.cuda.device_of(x):
-                _voxel_forward[triton.cdiv(N, ctx.sizes[-1]),](x, links, values, out, *ctx.sizes, enable_fp_fusion=True)
+        ctx.numbers = (len(x), *links.shape, len(values), *_block_sizes(values.shape[1]))
+        ctx.grid = (triton.cdiv(len(x), ctx.numbers[-1]),)
+        out = values.new_empty(len(x), values.shape[1])
+        _launch(_voxel_kernel, ctx.grid, x, links, None, values, out, *ctx.numbers, False)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        (N, _, _, _, M, F, *_), d_out = ctx.sizes, d_out.contiguous()
+        M, F = ctx.numbers[4:6]
         d_values = d_out.new_zeros(M, F)
-        if N and M:
-            with torch.cuda.device_of(d_out):
-                _voxel_backward[triton.cdiv(N, ctx.sizes[-1]),](*ctx.saved_tensors, d_out, d_values, *ctx.sizes, enable_fp_fusion=True)
+        _launch(_voxel_kernel, ctx.grid, *ctx.saved_tensors, d_values, d_out.contiguous(),
+                *ctx.numbers, True)
         return None, None, d_values, None
 
 
-class _VoxelTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum in one pass (a missing corner reads row 0
-    with weight 0: for finite values that is nothing). Backward: only the (position, corner) pairs that count, then one scatter_add_ of
-    whole rows, which sorts them by row and adds in order: the same sum each time, and at F = 28 in half the time of index_add_."""
-    @staticmethod
-    def forward(ctx, x, links, values, mask):
-        rows, weights = (_turn(a) for a in _voxel_corners(x, links))                # (N, 8)
-        ctx.save_for_backward(rows, weights, mask)
-        ctx.shape = values.shape
-        table = values.contiguous() if len(values) else values.new_zeros(1, values.shape[1])
-        return nnf.embedding_bag(rows.clamp(min=0), table, per_sample_weights=weights * (rows >= 0), mode="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        (rows, weights, mask), (M, F) = ctx.saved_tensors, ctx.shape
-        rows = rows.view(-1)
-        pairs = (rows >= 0).nonzero()[:, 0]                                         # 8 position + corner
-        rows = rows[pairs]
-        if mask is not None:
-            takes = mask[rows].nonzero()[:, 0]
-            pairs, rows = pairs[takes], rows[takes]
-        g = d_out.index_select(0, pairs // 8) * weights.view(-1)[pairs][:, None]    # (P, F)
-        return None, None, d_out.new_zeros(M, F).scatter_add_(0, rows.long()[:, None].expand(-1, F), g), None
-
-
 def voxel_interp(x, links, values, mask=None, backend="auto"):
-    """Features of positions from a sparse grid: eight rows found through an index grid (Plenoxels section 3.1).  Returns (N, F).
+    """Features of positions from a sparse voxel grid.
 
-    x (N, 3) in lattice coordinates: the lattice point (i, j, k) sits at x = (i, j, k); clamped to [0, size - 1] along each axis.
-    links (X, Y, Z) int32, each side at least 2: the point's row of values; negative: it has none and counts as 0. values (M, F) finite, of
-    x's dtype, F up to 32 or so (1 density, 27 spherical harmonics). mask (M,) bool: the rows that receive a gradient; None: all. The
-    backward does no work for the other rows, so that a restricted update is also a faster one.
-    Gradient to values; none to x, links, mask. On a GPU its sums are atomic: the last bits differ from run to run, on the CPU they do not.
-    Example: X = Y = Z = 2, F = 1, only (0, 0, 0) there, with value 8, and (1, 0, 0), with 16: x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
-    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 32 of links and 32F of gathers or atomics,
-    less where corners are missing or masked. At F = 28: 124, 124, and 928 that caches serve in part, as neighbours on a ray share corners.
-    Floor at these sizes: L2, 230 ns forward, 420 backward (a row lies in four sectors, a link in one); memory, 31; arithmetic, 10 (some 500 flops).
-    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run); where links names a row beyond values, IndexError or
-    RuntimeError on the CPU, while the kernels count that corner as missing. Source: Plenoxels section 3.1; StreamRF for the mask.
+    x (N, 3) in lattice coordinates: the lattice point (i, j, k) lies at x = (i, j, k). links
+    (X, Y, Z) int32, each side at least 2; values (M, F) finite, of x's dtype. mask (M,) bool: the
+    rows that receive a gradient (StreamRF), None for all. This saves the additions into the other
+    rows, but the whole (M, F) gradient is still cleared.
+    Returns (N, F). Gradient to values only. A row beyond values: an error on a CPU, else missing.
+    Example: X = Y = Z = 2, F = 1, only (0, 0, 0) present, with value 8, and (1, 0, 0), with 16.
+    x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
     """
     _check("x", x, (None, 3))
     _check("links", links, (None, None, None), x, torch.int32)
     _check("values", values, (None, None), x)
     if min(links.shape) < 2 or values.shape[1] == 0:
-        raise ValueError(f"links {tuple(links.shape)} needs two points along each axis, values {tuple(values.shape)} a column")
+        raise ValueError("links must have two points along each axis, values a column")
     if mask is not None:
         _check("mask", mask, (len(values),), x, torch.bool)
     run = {"reference": voxel_interp_ref, "torch": _VoxelTorch.apply, "triton": _VoxelTriton.apply}
     return run[_backend(backend, ("reference", "torch"), x)](x.detach(), links, values, mask)
 
 
-# ============================================================================================================ 5. triplane_interp
-# EG3D section 3: a scene is three planes of features, xy, xz and yz. A position is dropped onto each of them, the four texels around it
-# are interpolated bilinearly, and the three results are summed. Plane (a, b) has a along its columns (W) and b along its rows (H):
-#     p_a = ((a + 1) W - 1) / 2     p_b = ((b + 1) H - 1) / 2     c = floor(p)     u = p - c     (texel i is centred at (2 i + 1) / W - 1)
-#     out = sum_planes sum_{k in {0,1}^2} w_k plane[c_b + k_b, c_a + k_a]          w_k = prod_axis (u if k_axis else 1 - u)
-# A missing texel counts as 0, so that across the cube's faces features fade to nothing (grid_sample: align_corners=False, zeros).
-# The released code, and much that grew from it, samples (x, y), (x, z), (z, x): the third plane is the second one's kind transposed, and
-# none holds a function of y and z jointly. Here, as in the paper, the third is yz.
-# Gradient, with g = dL/dout:  dL/dplane[c_b + k_b, c_a + k_a] += w_k g          for texels that are there; none to x.
+# =========================================================================== 5. triplane_interp
+# EG3D section 3: a scene is three planes of features, xy, xz and yz. A position is projected onto
+# each, the four texels around it are interpolated bilinearly, and the three results are summed.
+# Plane (a, b) has axis a along its columns (W) and b along its rows (H). Texel i of n is centred at
+# (2 i + 1) / n - 1, so that -1 and 1 are the outer edges:
+#     p_a = ((a + 1) W - 1) / 2     p_b = ((b + 1) H - 1) / 2     c = floor(p)     u = p - c
+#     out = sum_planes sum_{k in {0,1}^2} w_k plane[c_b + k_b, c_a + k_a]
+#     w_k = prod over a and b of (u if k else 1 - u)
+# A texel outside counts as 0 (grid_sample with align_corners=False and zeros).
+# Released code: the third plane is (z, x), the second transposed. Here it is yz, as in the paper.
+# Gradient, with g = dL/dout: dL/dplane[c_b + k_b, c_a + k_a] += w_k g for texels inside.
 
-def _triplane_cells(x, H, W):
-    """x (B, N, 3) -> cells (3, B, N) int64, weights (4, 3, B, N). Around each plane goes a ring of zeros, the missing texels. A cell is
-    where its lower corner then stands among the B 3 (H+2) (W+2) texels; corner k (bit 0: column, 1: row) is _corner_steps(W)[k] further."""
-    found = []
-    for axes, size in (((0, 0, 1), W), ((1, 2, 2), H)):                             # a, then b, of the planes xy, xz, yz
-        p = ((x.detach().permute(2, 0, 1)[list(axes)] + 1) * (size / 2) - 0.5).clamp(-1, size)      # (3, B, N); passes a NaN on
-        cell = p.floor().long().clamp_(-1, size - 1)
-        found.append((cell + 1, torch.stack([1 - (p - cell), p - cell])))           # the ring moves all by one
-    (col, w_a), (row, w_b) = found
-    plane = torch.arange(3 * len(x), device=x.device).view(-1, 3, 1).transpose(0, 1)                # (3, B, 1)
-    return (plane * (H + 2) + row) * (W + 2) + col, (w_b[:, None] * w_a).flatten(0, 1)
+PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
 
-def _corner_steps(W):
-    return 0, 1, W + 2, W + 3
+def _texel(x, size):
+    """Lower texel, from -1 to size - 1, and u. A NaN stays one."""
+    p = ((x.detach() + 1) * (size / 2) - 0.5).clamp(-1, size)
+    cell = p.floor().long().clamp(-1, size - 1)
+    return cell, p - cell
 
 
 def triplane_interp_ref(x, planes):
-    cells, weights = _triplane_cells(x, *planes.shape[2:4])
-    rows = nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3)                        # with the ring
-    return sum((rows[cells + step] * w[..., None]).sum(0) for step, w in zip(_corner_steps(planes.shape[3]), weights))      # (B, N, F)
+    B, _, H, W, F = planes.shape
+    planes = nnf.pad(planes, (0, 0, 1, 1, 1, 1))               # a ring of zeros round each plane
+    scene = torch.arange(B, device=x.device)[:, None]
+    out = planes.new_zeros(B, x.shape[1], F)
+    for plane, (a, b) in enumerate(PLANE_AXES):
+        col, ua = _texel(x[..., a], W)                                         # (B, N)
+        row, ub = _texel(x[..., b], H)
+        for ka, kb in itertools.product((0, 1), repeat=2):
+            weight = (ua if ka else 1 - ua) * (ub if kb else 1 - ub)
+            out = out + weight[..., None] * planes[scene, plane, 1 + row + kb, 1 + col + ka]
+    return out                                                                 # (B, N, F)
 
 
 @triton.jit
-def _triplane_place(x, m, alive, axis: tl.constexpr, size):
-    """One axis of the positions -> the lower texel, from -1 to size - 1, and its distance u to the position in texels."""
-    x = tl.load(x + m * 3 + axis, alive, 0.0)
-    p = (x + 1) * (0.5 * size) - 0.5
-    p = tl.where(p < -1, -1, tl.where(p > size, size, p)).to(x.dtype)                   # passes a NaN on, as in _place
+def _load_texel(x_ptr, offs_n, mask_n, axis: tl.constexpr, size):
+    p = (tl.load(x_ptr + offs_n * 3 + axis, mask_n, 0.0) + 1) * (0.5 * size) - 0.5
+    p = tl.where(p < -1, -1, tl.where(p > size, size, p)).to(x_ptr.dtype.element_ty)
     cell = tl.minimum(tl.maximum(tl.floor(p).to(tl.int32), -1), size - 1)
-    return cell, p - cell.to(x.dtype)
+    return cell, p - cell.to(p.dtype)
 
 
-@triton.jit
-def _triplane_texel(first, col, row, alive, H, W):
-    """A corner's texel, counted over all planes (first: lines of texels in the planes before), and whether it is there."""
-    return (first + row) * W + col, alive & (col >= 0) & (col < W) & (row >= 0) & (row < H)
-
-
-@triton.jit
-def _triplane_forward(x, planes, out, N, H, W, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """Scenes are the second grid axis: programs of one scene run side by side, so that its planes stay in the L2 cache."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+@_jit_sized
+def _triplane_kernel(x_ptr, planes_ptr, out_ptr, N, H, W, F: tl.constexpr, BLOCK_F: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BACKWARD: tl.constexpr):
+    """As _hash_kernel. The scene is the second grid axis: its planes stay in the L2 cache."""
     scene = tl.program_id(1).to(tl.int64)
-    alive, m, f = n < N, scene * N + n, tl.arange(0, FP)
-    total = tl.zeros((POINTS, FP), planes.dtype.element_ty)
-    for plane in tl.static_range(3):                                                    # axes (0, 1), (0, 2), (1, 2)
-        ca, ua = _triplane_place(x, m, alive, plane // 2, W)
-        cb, ub = _triplane_place(x, m, alive, (plane + 3) // 2, H)
-        for k in tl.static_range(4):
-            texel, there = _triplane_texel((scene * 3 + plane) * H, ca + (k & 1), cb + (k >> 1), alive, H, W)
-            w = (ua if k & 1 else 1 - ua) * (ub if k >> 1 else 1 - ub)
-            total += w[:, None] * tl.load(planes + texel[:, None] * F + f[None, :], there[:, None] & (f < F)[None, :], 0.0)
-    tl.store(out + m[:, None] * F + f[None, :], total, alive[:, None] & (f < F)[None, :])
-
-
-@triton.jit
-def _triplane_backward(x, d_out, d_planes, N, H, W, F: tl.constexpr, FP: tl.constexpr, POINTS: tl.constexpr):
-    """The forward's mirror image: twelve atomic adds of a row of F, fewer where texels are missing."""
-    n = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    scene = tl.program_id(1).to(tl.int64)
-    alive, m, f = n < N, scene * N + n, tl.arange(0, FP)
-    g = tl.load(d_out + m[:, None] * F + f[None, :], alive[:, None] & (f < F)[None, :], 0.0)
-    for plane in tl.static_range(3):
-        ca, ua = _triplane_place(x, m, alive, plane // 2, W)
-        cb, ub = _triplane_place(x, m, alive, (plane + 3) // 2, H)
-        for k in tl.static_range(4):
-            texel, there = _triplane_texel((scene * 3 + plane) * H, ca + (k & 1), cb + (k >> 1), alive, H, W)
-            w = (ua if k & 1 else 1 - ua) * (ub if k >> 1 else 1 - ub)
-            tl.atomic_add(d_planes + texel[:, None] * F + f[None, :], w[:, None] * g, there[:, None] & (f < F)[None, :], sem="relaxed")
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_f = tl.arange(0, BLOCK_F)
+    mask_n = offs_n < N
+    mask_f = (offs_f < F)[None, :]
+    offs_n += scene * N
+    offs_out = offs_n[:, None] * F + offs_f[None, :]
+    if BACKWARD:
+        out = tl.load(out_ptr + offs_out, mask_n[:, None] & mask_f, 0.0)
+    else:
+        out = tl.zeros((BLOCK_N, BLOCK_F), planes_ptr.dtype.element_ty)
+    for plane in tl.static_range(3):                            # axes (0, 1), (0, 2), (1, 2)
+        col, ua = _load_texel(x_ptr, offs_n, mask_n, plane // 2, W)
+        row, ub = _load_texel(x_ptr, offs_n, mask_n, (plane + 3) // 2, H)
+        for corner in tl.static_range(4):
+            i = row + (corner >> 1)
+            j = col + (corner & 1)
+            mask = mask_n & (i >= 0) & (i < H) & (j >= 0) & (j < W)
+            mask_nf = mask[:, None] & mask_f
+            offs_texel = (((scene * 3 + plane) * H + i) * W + j)[:, None] * F + offs_f[None, :]
+            w = (ua if corner & 1 else 1 - ua) * (ub if corner >> 1 else 1 - ub)
+            if BACKWARD:
+                tl.atomic_add(planes_ptr + offs_texel, w[:, None] * out, mask_nf, sem="relaxed")
+            else:
+                out += w[:, None] * tl.load(planes_ptr + offs_texel, mask_nf, 0.0)
+    if not BACKWARD:
+        tl.store(out_ptr + offs_out, out, mask_n[:, None] & mask_f)
 
 
 class _TriplaneTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, planes):
         x, planes = x.contiguous(), planes.contiguous()
-        (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
-        out = planes.new_empty(B, N, F)
+        B, N, _ = x.shape
+        _, _, H, W, F = ctx.shape = planes.shape
+        ctx.numbers = (N, H, W, *_block_sizes(F))
+        ctx.grid = (triton.cdiv(N, ctx.numbers[-1]), B)
         ctx.save_for_backward(x)
-        ctx.shape, ctx.sizes = planes.shape, (N, H, W, *_block_sizes(F))
-        if B and N:
-            with torch.cuda.device_of(x):
-                _triplane_forward[triton.cdiv(N, ctx.sizes[-1]), B](x, planes, out, *ctx.sizes, enable_fp_fusion=True)
+        out = planes.new_empty(B, N, F)
+        _launch(_triplane_kernel, ctx.grid, x, planes, out, *ctx.numbers, False)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, = ctx.saved_tensors
-        d_out, d_planes = d_out.contiguous(), d_out.new_zeros(ctx.shape)
-        if x.numel():
-            with torch.cuda.device_of(x):
-                _triplane_backward[triton.cdiv(ctx.sizes[0], ctx.sizes[-1]), len(x)](x, d_out, d_planes, *ctx.sizes, enable_fp_fusion=True)
+        d_planes = d_out.new_zeros(ctx.shape)
+        _launch(_triplane_kernel, ctx.grid, *ctx.saved_tensors, d_planes, d_out.contiguous(),
+                *ctx.numbers, True)
         return None, d_planes
 
 
+def triplane_interp(x, planes, backend="auto"):
+    """Features of positions from the three planes of their scene.
+
+    x (B, N, 3) in [-1, 1], each scene with its own positions (on a GPU at most 65535 scenes);
+    outside, features fade to 0 within half a texel. planes (B, 3, H, W, F) of x's dtype, finite,
+    in the order xy, xz, yz: the first letter runs along W, the second along H.
+    Returns (B, N, F). Gradient to planes only.
+    Example: H = W = 2, F = 1, so that texels are centred at -1/2 and 1/2. Plane xy is
+    [[1, 2], [3, 4]], the others 0: (1/2, 0, z) gives (2 + 4)/2 = 3, and (1, 0, z) half of that.
+    """
+    _check("x", x, (None, None, 3))
+    _check("planes", planes, (len(x), 3, None, None, None), x)
+    if min(planes.shape[2:]) == 0:
+        raise ValueError(f"planes {tuple(planes.shape)} needs a texel along each axis, a feature")
+    run = {"reference": triplane_interp_ref, "torch": _TriplaneTorch.apply,
+           "triton": _TriplaneTriton.apply}
+    return run[_backend(backend, ("reference", "torch"), x)](x.detach(), planes)
+
+
+# ============================================================================= what a CPU runs
+# backend="torch" of the three lookups. Forward: embedding_bag gathers rows and takes their weighted
+# sum in one pass. Backward: sums in a fixed order, so that a run can be repeated.
+
+def _transpose_contiguous(matrix):
+    """PyTorch copies a transposed matrix on one thread, a transposed 3-D tensor on all."""
+    return matrix.t()[None].contiguous()[0]
+
+
+def _hash_axes(x, levels):
+    """x (3, N) -> for all levels, axis by axis, what the lower and the upper corner add to the row
+    (L, 3, 2, N) int32, and their factors of the weight (L, 3, 2, N)."""
+    res, size, _, dense = _layout(levels, x.device).view(-1, 4, 1, 1).unbind(1)     # (L, 1, 1)
+    p = x.clamp(0, 1) * res                                                    # (L, 3, N)
+    cell = p.detach().int().clamp_(torch.zeros_like(res), res - 1)
+    u = p - cell
+    strides = torch.cat([torch.ones_like(res), res + 1, (res + 1) ** 2], 1)    # (L, 3, 1)
+    primes = torch.tensor(PRIMES, device=x.device).int()[:, None]              # wraps modulo 2^32
+    stride = torch.where(dense > 0, strides, primes)
+    part = cell * stride
+    modulo = torch.where(dense > 0, -1, size - 1)[..., None]
+    return torch.stack([part, part + stride], 2) & modulo, torch.stack([1 - u, u], 2)
+
+
+def _hash_rows(part, factor, dense):
+    """One level of _hash_axes -> rows (8, N) int32 of its part of the table, weights (8, N)."""
+    x, y, z = part                                                             # (2, N)
+    wx, wy, wz = factor
+    y, wy = y[:, None], wy[:, None]
+    z, wz = z[:, None, None], wz[:, None, None]
+    rows = z + y + x if dense else z ^ y ^ x                                   # (2, 2, 2, N)
+    return rows.view(8, -1), (wz * wy * wx).view(8, -1)
+
+
+class _HashTorch(torch.autograd.Function):
+    """Level by level, so that a level's rows and temporaries stay in the L2 cache."""
+    @staticmethod
+    def forward(ctx, x, table, levels):
+        table = table.contiguous()
+        parts, factors = _hash_axes(_transpose_contiguous(x), levels)
+        out, kept = [], []
+        for level, dense in enumerate(levels.dense):
+            rows, weights = _hash_rows(parts[level], factors[level], dense)
+            level_table = table[levels.offsets[level]:levels.offsets[level + 1]]
+            out.append(nnf.embedding_bag(_transpose_contiguous(rows), level_table, mode="sum",
+                                         per_sample_weights=_transpose_contiguous(weights)))
+            kept += [rows, weights]
+            if ctx.needs_input_grad[0]:                 # once more, while they are in the cache
+                kept.append(_transpose_contiguous(level_table.index_select(0, rows.view(-1))))
+        ctx.levels, ctx.shape = levels, table.shape
+        ctx.save_for_backward(x, factors[:, :, 1], *kept)
+        return torch.cat(out, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, u, *kept = ctx.saved_tensors                                        # u (L, 3, N)
+        levels, (M, F), (want_x, want_table, _) = ctx.levels, ctx.shape, ctx.needs_input_grad
+        N, L = len(x), len(levels.sizes)
+        d_table = d_out.new_empty(M, F) if want_table else None
+        s = d_out.new_zeros(L, 8, N) if want_x else None                       # g . table[row_k]
+        per_level = len(kept) // L
+        for level, g in enumerate(_transpose_contiguous(d_out).view(L, F, 1, N)):
+            rows, weights, *corners = kept[level * per_level:(level + 1) * per_level]
+            if want_table:                              # each feature into an array of its own
+                sums = g.new_zeros(F, levels.sizes[level])
+                sums.scatter_add_(1, rows.view(-1).long().expand(F, -1), (weights * g).view(F, -1))
+                first, last = levels.offsets[level:level + 2]
+                d_table[first:last] = _transpose_contiguous(sums)
+            if want_x:
+                for feature, g_feature in zip(corners[0].view(F, 8, N), g):
+                    s[level].addcmul_(feature, g_feature)
+        if not want_x:
+            return None, d_table, None
+        d_x = _trilinear_slopes(s.view(L, 2, 2, 2, N), *u.unbind(1))           # (3, L, N)
+        d_x = (d_x * _layout(levels, x.device)[:, :1]).sum(1).t()
+        return d_x * ((x >= 0) & (x <= 1)), d_table, None
+
+
+def _trilinear_slopes(s, ux, uy, uz):
+    """Corner values s (L, 2, 2, 2, N), axes z, y, x -> derivatives along x, y, z, (3, L, N): the
+    difference along one axis, interpolated along the other two."""
+    dx = s[:, :, :, 1] - s[:, :, :, 0]                                         # (L, 2, 2, N)
+    s = torch.addcmul(s[:, :, :, 0], dx, ux[:, None, None])
+    dx = torch.lerp(dx[:, :, 0], dx[:, :, 1], uy[:, None])                     # (L, 2, N)
+    dy = s[:, :, 1] - s[:, :, 0]
+    s = torch.addcmul(s[:, :, 0], dy, uy[:, None])
+    dx = torch.lerp(dx[:, 0], dx[:, 1], uz)
+    dy = torch.lerp(dy[:, 0], dy[:, 1], uz)
+    return torch.stack([dx, dy, s[:, 1] - s[:, 0]])
+
+
+class _VoxelTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, links, values, mask):
+        _, Y, Z = links.shape
+        last = torch.tensor(links.shape, dtype=x.dtype, device=x.device)[:, None] - 1
+        p = x.detach().t().clamp(min=0).minimum(last)                          # (3, N)
+        cell = p.long().clamp_(min=0).minimum(last.long() - 1)
+        u = p - cell
+        x, y, z = torch.stack([cell, cell + 1], 1)                             # (2, N)
+        wx, wy, wz = torch.stack([1 - u, u], 1)
+        y, wy = y[:, None], wy[:, None]
+        z, wz = z[:, None, None], wz[:, None, None]
+        points = x * (Y * Z) + y * Z + z                                       # (2, 2, 2, N)
+        rows = links.reshape(-1).index_select(0, points.view(-1))
+        rows = _transpose_contiguous(rows.view(8, -1))                         # (N, 8)
+        weights = _transpose_contiguous((wz * wy * wx).view(8, -1))
+        ctx.save_for_backward(rows, weights, mask)
+        ctx.shape = values.shape
+        table = values.contiguous() if len(values) else values.new_zeros(1, values.shape[1])
+        return nnf.embedding_bag(rows.clamp(min=0), table, mode="sum",
+                                 per_sample_weights=weights * (rows >= 0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        """scatter_add_ sorts whole rows and adds in order, in half the time of index_add_."""
+        rows, weights, mask = ctx.saved_tensors
+        rows = rows.view(-1)
+        pairs = (rows >= 0).nonzero()[:, 0]                                    # 8 position + corner
+        rows = rows[pairs]
+        if mask is not None:
+            selected = mask[rows].nonzero()[:, 0]
+            pairs, rows = pairs[selected], rows[selected]
+        g = d_out.index_select(0, pairs // 8) * weights.view(-1)[pairs][:, None]
+        index = rows.long()[:, None].expand(-1, ctx.shape[1])
+        return None, None, d_out.new_zeros(ctx.shape).scatter_add_(0, index, g), None
+
+
 class _TriplaneTorch(torch.autograd.Function):
-    """backend="torch", made for the CPU. Forward: embedding_bag, the gather and the weighted sum of 3 x 4 rows in one pass. Backward: the
-    same turned round. Samples are sorted by cell (3 numbers a sample; by texel it would be 12), so that a cell is a bag of samples; for
-    each corner one embedding_bag sums what they send there, and all of it lands that corner's step further. The sums' order is fixed."""
     @staticmethod
     def forward(ctx, x, planes):
-        (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
-        cells, weights = (a.flatten(-2) for a in _triplane_cells(x, H, W))          # (3, B N), (4, 3, B N)
+        """Each plane has a ring of zeros. The four texels of a position's cell are the lower one,
+        counted over all planes, and those ctx.steps further."""
+        B, N, _ = x.shape
+        _, _, H, W, F = ctx.shape = planes.shape
+        ctx.steps = (0, 1, W + 2, W + 3)
+        x = x.permute(2, 0, 1)
+        col, ua = _texel(x[[a for a, _ in PLANE_AXES]], W)                     # (3, B, N)
+        row, ub = _texel(x[[b for _, b in PLANE_AXES]], H)
+        plane = torch.arange(3 * B, device=x.device).view(B, 3, 1).transpose(0, 1)
+        cells = ((plane * (H + 2) + 1 + row) * (W + 2) + 1 + col).flatten(1)   # (3, B N)
+        weights = (torch.stack([1 - ub, ub])[:, None] * torch.stack([1 - ua, ua])).view(4, 3, B * N)
         ctx.save_for_backward(cells, weights)
-        ctx.shape = planes.shape
-        rows = _turn(cells)[:, :, None] + torch.tensor(_corner_steps(W), device=x.device)
-        out = nnf.embedding_bag(rows.view(B * N, 12), nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3),
-                                per_sample_weights=weights.permute(2, 1, 0).reshape(B * N, 12), mode="sum")
+        rows = _transpose_contiguous(cells)[:, :, None] + torch.tensor(ctx.steps, device=x.device)
+        texels = nnf.pad(planes, (0, 0, 1, 1, 1, 1)).flatten(0, 3)
+        out = nnf.embedding_bag(rows.view(B * N, 12), texels, mode="sum",
+                                per_sample_weights=weights.permute(2, 1, 0).reshape(B * N, 12))
         return out.view(B, N, F)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        (cells, weights), (B, _, H, W, F), d_out = ctx.saved_tensors, ctx.shape, d_out.flatten(0, 1)
+        """The samples are sorted by cell, 3 entries each (by texel it would be 12). For each corner
+        one embedding_bag sums the samples of every cell, and the sums land one step further."""
+        cells, weights = ctx.saved_tensors
+        B, _, H, W, F = ctx.shape
+        d_out = d_out.flatten(0, 1)                                            # (B N, F)
         total = d_out.new_zeros(B * 3 * (H + 2) * (W + 2), F)
         if len(d_out):
             order = cells.flatten().argsort(stable=True)
             counts = cells.flatten().bincount(minlength=len(total))
-            samples, starts = order % len(d_out), counts.cumsum(0) - counts
-            for step, w in zip(_corner_steps(W), weights.flatten(1).index_select(1, order)):
-                total[step:] += nnf.embedding_bag(samples, d_out, starts, per_sample_weights=w, mode="sum")[:len(total) - step]
+            starts = counts.cumsum(0) - counts
+            weights = weights.flatten(1).index_select(1, order)
+            samples = order % len(d_out)
+            for step, w in zip(ctx.steps, weights):
+                total[step:] += nnf.embedding_bag(
+                    samples, d_out, starts, per_sample_weights=w, mode="sum")[:len(total) - step]
         return None, total.view(B, 3, H + 2, W + 2, F)[:, :, 1:-1, 1:-1]
 
 
-def triplane_interp(x, planes, backend="auto"):
-    """Features of positions from the three planes of their scene, bilinear and summed (EG3D section 3).  Returns (B, N, F).
+# ================================================================ python kernels.py: check and time
 
-    x (B, N, 3): B scenes (on a GPU at most 65535), each with its own positions and planes; -1 and 1 are the planes' outer edges, and from
-    the outermost centres, half a texel inside, to half a texel outside, features fade to 0. planes (B, 3, H, W, F) of x's dtype, finite,
-    channels last, in the order xy, xz, yz: the first letter runs along W, the second along H.
-    Gradient to planes; none to x. On a GPU its sums are atomic: the last bits differ from run to run, on the CPU they do not.
-    Example: H = W = 2, F = 1, texels centred at -1/2 and 1/2; plane xy [[1, 2], [3, 4]], the others 0: (1/2, 0, z) gives (2 + 4)/2 = 3, and
-    (1, 0, z), half a texel further out, half of that.
-    Bytes a sample in float32: forward 12 in and 4F out, backward 12 + 4F in; besides, each way 48F of gathers or atomics, which stay in the
-    L2 cache where a scene's 12 H W F bytes fit. At F = 32: 140, 140 and 1536, and planes of 1.6 MB at 64^2.
-    Floor at these sizes: L2, 280 ns forward, 560 backward; memory, 35; arithmetic, 15 (some 900 flops).
-    A position that is not a number gives NaN, an infinite one lies outside; neither reads outside the planes.
-    Raises ValueError (shape, dtype, device), RuntimeError (Triton cannot run). Source: EG3D section 3, but not its code's third plane.
-    """
-    _check("x", x, (None, None, 3))
-    _check("planes", planes, (len(x), 3, None, None, None), x)
-    if min(planes.shape[2:]) == 0:
-        raise ValueError(f"planes {tuple(planes.shape)} needs a texel along each axis and a feature")
-    run = {"reference": triplane_interp_ref, "torch": _TriplaneTorch.apply, "triton": _TriplaneTriton.apply}
-    return run[_backend(backend, ("reference", "torch"), x)](x.detach(), planes)
-
-
-# ============================================================================================== python kernels.py: check, time, look inside
-OPERATIONS = ("march", "composite", "hash_encode", "voxel_interp, F = 28", "voxel_interp, F = 28, 10 % of rows", "voxel_interp, F = 28, 1 % of rows",
-              "voxel_interp, F = 4", "triplane_interp, F = 12", "triplane_interp, F = 32")      # % of rows: that many receive a gradient
-
-
-def _problem(name, dtype, device, rays):
-    """One operation on made-up input (the same numbers in every dtype): function of a backend, its differentiable inputs, bytes each way."""
+def _cases(rays, dtype, device):
+    """name -> (function, inputs), the same random numbers in every dtype, 20 samples a ray. What
+    requires a gradient is differentiated."""
     random = torch.Generator().manual_seed(0)
+    N = 20 * rays
 
-    def draw(*shape):
-        return torch.rand(*shape, generator=random).to(device, dtype)
+    def draw(*shape, low=0.0, high=1.0, grad=False):
+        numbers = torch.rand(*shape, generator=random) * (high - low) + low
+        return numbers.to(device, dtype).requires_grad_(grad)
 
-    size = torch.finfo(dtype).bits // 8
-    if name == "march":                                     # through a ball that fills 7 % of its box: some 20 samples a ray
-        d = nnf.normalize(draw(rays, 3) - 0.5, dim=1)
-        o = 0.5 * (draw(rays, 3) - 0.5) - 2 * d
-        ticks = torch.linspace(-1, 1, 128)
-        ball = (torch.cartesian_prod(ticks, ticks, ticks).norm(dim=1) < 0.5).view(128, 128, 128).to(device)
-        box = torch.tensor([[-1.0, -1, -1], [1, 1, 1]], device=device)
-        call = lambda backend: march(o, d, ball, box, 0.03, backend=backend)                # noqa: E731
-        samples = len(call("reference")[0])
-        return call, (), 6 * size * rays + (2 * size + 8) * samples, 0
-    if name == "composite":                                 # 0 to 40 samples a ray, some rays opaque
-        counts = torch.randint(0, 41, (rays,), generator=random)
-        offsets = nnf.pad(counts.cumsum(0), (1, 0)).to(device)
-        N = int(offsets[-1])
-        t = (torch.arange(N, device=device) - torch.repeat_interleave(offsets[:-1], counts.to(device))) * 0.03 + 1
-        t0, t1 = t.to(dtype), t.to(dtype) + 0.03
-        wrt = (draw(N) ** 4 * 100).requires_grad_(), draw(N, 3).requires_grad_()
-        return lambda backend: _pick(composite, composite_ref, backend)(*wrt, t0, t1, offsets), wrt, 8 * size * N, 12 * size * N
-    if name.startswith("voxel_interp"):                     # in a shell a tenth of the lattice wide, so that some corners are missing
-        F, N = int(re.search(r"F = (\d+)", name)[1]), 20 * rays
-        ticks = torch.linspace(-1, 1, 128)
-        shell = ((torch.cartesian_prod(ticks, ticks, ticks).norm(dim=1) - 0.5).abs() < 0.1).view(128, 128, 128)
-        links = torch.where(shell, shell.view(-1).cumsum(0).view(shell.shape) - 1, -1).int().to(device)
-        x = ((nnf.normalize(draw(N, 3).float() - 0.5, dim=1) * (0.35 + 0.3 * draw(N, 1).float()) + 1) * 63.5).to(dtype)
-        M = int(shell.sum())
-        share = re.search(r"(\d+) %", name)
-        mask, wrt = (draw(M) < float(share[1]) / 100 if share else None), ((draw(M, F) - 0.5).requires_grad_(),)
-        moved = (3 + F) * size * N
-        return lambda backend: (_pick(voxel_interp, voxel_interp_ref, backend)(x, links, *wrt, mask),), wrt, moved, moved
-    if name.startswith("triplane_interp"):                  # eight scenes of 32 x 32 texels, or four of 64 x 64
-        F = int(re.search(r"F = (\d+)", name)[1])
-        B, side = (8, 32) if F == 12 else (4, 64)
-        x, wrt = 2 * draw(B, 20 * rays // B, 3) - 1, ((draw(B, 3, side, side, F) - 0.5).requires_grad_(),)
-        moved = (3 + F) * size * 20 * rays
-        return lambda backend: (_pick(triplane_interp, triplane_interp_ref, backend)(x, *wrt),), wrt, moved, moved
+    rays_d = nnf.normalize(draw(rays, 3, low=-1), dim=1)
+    occupied = draw(32, 32, 32) < 0.3
+    box = torch.tensor([[-1.0, -1, -1], [1, 1, 1]], device=device)
+    offsets = torch.arange(rays + 1, device=device) * 20
+    t = torch.arange(20, device=device).repeat(rays).to(dtype) / 32 + 1
     levels = hash_levels(8, 16, 256, 16 if device == "cpu" else 19)
-    wrt = draw(20 * rays, 3).requires_grad_(), (draw(levels.offsets[-1], 4) - 0.5).requires_grad_()
-    moved = (3 + 32) * size * 20 * rays
-    return lambda backend: (_pick(hash_encode, hash_encode_ref, backend)(*wrt, levels),), wrt, moved, moved + 3 * size * 20 * rays
+    table = draw(levels.offsets[-1], 4, low=-1, grad=True)
+    links = draw(64, 64, 64, low=-N, high=N).int()          # half of the points own no row
+    return {
+        "march": (march, (-2 * rays_d, rays_d, occupied, box, 0.03)),
+        "composite": (composite, (draw(N, high=30, grad=True), draw(N, 3, grad=True), t, t + 1 / 32,
+                                  offsets)),
+        "hash_encode": (hash_encode, (draw(N, 3, grad=True), table, levels)),
+        "voxel_interp": (voxel_interp, (draw(N, 3, high=63), links, draw(N, 28, grad=True))),
+        "triplane_interp": (triplane_interp, (draw(4, N // 4, 3, low=-1),
+                                              draw(4, 3, 64, 64, 32, grad=True)))}
 
 
-def _grid_sample(x, planes):
-    """triplane_interp as the library's one call for all planes at once; planes (B, 3, H, W, F) are channels last to it already."""
-    (B, N, _), (_, _, H, W, F) = x.shape, planes.shape
-    places = torch.stack([x[..., :2], x[..., ::2], x[..., 1:]], 1)                          # (B, 3, N, 2)
-    out = nnf.grid_sample(planes.reshape(B * 3, H, W, F).permute(0, 3, 1, 2), places.view(B * 3, 1, N, 2), align_corners=False)
-    return out.view(B, 3, F, N).sum(1).transpose(1, 2)
-
-
-def _pick(public, reference, backend):
-    """A backend's name, or a function of the reference that gives what runs instead (torch.compile; grid_sample)."""
-    return backend(reference) if callable(backend) else lambda *inputs: public(*inputs, backend=backend)
-
-
-def _results(call, wrt, backend):
-    outputs = call(backend)
-    if not wrt:
-        return list(outputs)
+def _run(function, inputs, backend):
+    """Outputs, differentiable inputs, and a cotangent for each output."""
+    out = function(*inputs, backend=backend)
+    out = out if isinstance(out, tuple) else (out,)
+    wrt = [a for a in inputs if isinstance(a, torch.Tensor) and a.requires_grad]
     random = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(out.shape, generator=random).to(out) for out in outputs]
-    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wrt, cotangents)]
+    return out, wrt, [torch.randn(a.shape, generator=random).to(a) for a in out]
 
 
-def _disagreement(name, backend, device, rays):
-    """None, or what is wrong with a backend: its float32 error against float64 must stay near that of the reference."""
-    exact, plain, tried = (_results(*_problem(name, dtype, device, rays)[:2], run)
-                           for dtype, run in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, backend)))
-    if name == "march":                                     # a middle on a cell's face may round to either side: count those rays
-        moved = (exact[2].diff() != tried[2].diff()).double().mean().item()
-        same = all(torch.equal(a, b) for a, b in zip(plain, tried))
-        return None if moved < 0.02 and same else f"{moved:.1%} of the rays differ from float64, reference {'equal' if same else 'not equal'}"
-    for number, (a, b, c) in enumerate(zip(exact, plain, tried)):
-        error, allowed = ((x.double() - a).abs().max().item() / (a.abs().max().item() + 1e-30) for x in (c, b))
-        if not error <= 4 * allowed + 1e-6:
-            return f"result {number} is off by {error:.1e}, the float32 reference by {allowed:.1e}"
-    return None
+def check(name, backend, rays, device):
+    """"ok", or what is wrong: the float32 error against float64 must stay near the reference's."""
+    results = []
+    for dtype, which in ((torch.float64, "reference"), (torch.float32, "reference"),
+                         (torch.float32, backend)):
+        out, wrt, cotangents = _run(*_cases(rays, dtype, device)[name], which)
+        results.append([*out, *(torch.autograd.grad(out, wrt, cotangents) if wrt else ())])
+    exact, plain, found = results
+    if name == "march":                 # a middle on the face of a cell may round to either side
+        return "ok" if all(map(torch.equal, plain, found)) else "not equal to the reference"
+    for number, (a, b, c) in enumerate(zip(exact, plain, found)):
+        error = (c.double() - a).abs().max().item()
+        allowed = 4 * (b.double() - a).abs().max().item() + 1e-6 * a.abs().max().item()
+        if not error <= allowed:
+            return f"result {number} is off by {error:.1e}, allowed {allowed:.1e}"
+    return "ok"
 
 
-def _seconds(function, device, budget, before=lambda: ()):
-    """Median time of function(*before()), without before's; on CUDA between events, so that the launches of one run hide behind the run before."""
-    function(*before()), function(*before())
-    times, stop = [], time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 50):
-        given = before()
-        if device == "cpu":
-            start = time.perf_counter()
-            function(*given)
-            times.append(time.perf_counter() - start)
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(), function(*given), end.record()
-            times.append((start, end))
-    if device != "cpu":
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) * 1e-3 for start, end in times]
-    return statistics.median(times)
-
-
-def benchmark(rays, with_compile=True, seconds=1.0):
-    """-> header, rows. A backend that fails its check gets a row that says so, and no time."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = torch.zeros(2 ** (28 if device == "cuda" else 24))
-    source, target = data.to(device), torch.empty_like(data, device=device)
-    bandwidth = 2 * data.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    header = {"device": name, "torch": torch.__version__, "triton": NO_TRITON or triton.__version__, "python": platform.python_version(),
-              "date": time.strftime("%Y-%m-%d"), "rays": rays, "copy_gb_per_s": round(bandwidth / 1e9, 1)}
-    rows = []
-    for name in OPERATIONS:
-        backends = ["reference"] if name in ("march", "composite") else ["reference", "torch"]
-        backends = backends + (["triton"] if device == "cuda" and not NO_TRITON else [])
-        backends = backends + (["grid_sample"] if name.startswith("triplane_interp") else [])
-        for backend in backends + (["compiled reference"] if with_compile and name != "march" else []):
-            row = {"operation": name, "backend": backend}
-            rows.append(row)
-            run = {"compiled reference": torch.compile, "grid_sample": lambda reference: _grid_sample}.get(backend, backend)
-            try:
-                problem = _disagreement(name, run, device, rays)
-            except Exception as error:                      # torch.compile where no C++ compiler works
-                problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-            if problem:
-                row["failed"] = problem
-                continue
-            call, wrt, bytes_forward, bytes_backward = _problem(name, torch.float32, device, rays)
-            if backend == "compiled reference":
-                compiled = torch.compile(globals()[name.split(",")[0] + "_ref"])
-                run = lambda reference: compiled            # noqa: E731  (compiled once, timed often)
-            with torch.no_grad():
-                row["forward_ms"] = _seconds(lambda: call(run), device, seconds) * 1e3
-            row["forward_bandwidth"] = bytes_forward / bandwidth / row["forward_ms"] * 1e3
-            if wrt:
-                ones = [torch.ones_like(out) for out in call(run)]
-                row["backward_ms"] = _seconds(lambda *outputs: torch.autograd.grad(outputs, wrt, ones), device, seconds, lambda: call(run)) * 1e3
-                row["both_ms"] = _seconds(lambda: torch.autograd.grad(call(run), wrt, ones), device, seconds) * 1e3
-                row["backward_bandwidth"] = bytes_backward / bandwidth / row["backward_ms"] * 1e3
-    return header, rows
-
-
-def kernel_list():
-    """Every kernel with its compile-time constants, as the public calls launch it at C = 3 and the F of each."""
-    if NO_TRITON or INTERPRET:
-        raise RuntimeError(NO_TRITON or "TRITON_INTERPRET=1 is set: there is nothing to compile")
-    tile, options = {"RAYS": RAYS, "BLOCK": BLOCK}, {"num_warps": RAYS, "enable_fp_fusion": True}
-    exact = {**options, "enable_fp_fusion": False}
-    return [("march, count", _march_kernel, {"WRITE": False, **tile}, exact), ("march, write", _march_kernel, {"WRITE": True, **tile}, exact),
-            ("composite, forward", _composite_forward, {"C": 3, "CP": 4, **tile}, options),
-            ("composite, backward", _composite_backward, {"C": 3, "CP": 4, **tile, "d_weights": None}, options),
-            ("composite, backward with weights", _composite_backward, {"C": 3, "CP": 4, **tile}, options)] + [
-            (f"hash_encode, {what}, F = {F}", kernel, {"F": F, "FP": F, "POINTS": POINTS, **levels}, {"enable_fp_fusion": True}) for F in (4, 2)
-            for what, kernel, levels in (("forward", _hash_forward, {}), ("backward to table", _hash_backward_table, {}),
-                                         ("backward to x", _hash_backward_x, {"L": 8}))] + [
-            (f"voxel_interp, {what}, F = {F}", kernel, {**dict(zip(("F", "FP", "POINTS"), _block_sizes(F))), **mask},
-             {"enable_fp_fusion": True}) for F in (28, 4)
-            for what, kernel, mask in (("forward", _voxel_forward, {}), ("backward to values", _voxel_backward, {"mask": None}),
-                                       ("backward to values, masked", _voxel_backward, {}))] + [
-            (f"triplane_interp, {what}, F = {F}", kernel, dict(zip(("F", "FP", "POINTS"), _block_sizes(F))), {"enable_fp_fusion": True})
-            for F in (12, 32) for what, kernel in (("forward", _triplane_forward), ("backward to planes", _triplane_backward))]
-
-
-def resources(kernel, constants, options, capability, dtype="fp32"):
-    """Compile for a GPU that need not be here; what ptxas and the disassembler inside the triton package say of the result."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    types = {"occupied": "*u8", "offsets": "*i64", "counts": "*i64", "ray_ids": "*i64", "layout": "*i32", "links": "*i32", "mask": "*u8",
-             **dict.fromkeys("RNLMXYZHW", "i32"),
-             **dict.fromkeys(("step", "near", "far", "early_stop"), "fp64"), **dict.fromkeys(constants, "constexpr")}
-    signature = {name: types.get(name, "*" + dtype) for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    cubin = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(cubin)
-        usage, code = (subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
-                       for flag in ("--dump-resource-usage", "-sass"))
-    number = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-
-    def count(pattern):
-        found = re.findall(pattern, code)
-        return ", ".join(f"{found.count(kind)} {kind}" for kind in sorted(set(found))) or "-"
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return {"registers": number["REG"], "shared": number["SHARED"], "local": number["STACK"] + number["LOCAL"], "spill_instructions": spills,
-            "loads": count(r"\b(LDG[.\w]*)"), "stores": count(r"\b(STG[.\w]*)"), "atomics": count(r"\b((?:REDG?|ATOMG?)\.[.\w]*)")}
-
-
-def _print_table(rows):
-    columns = list(max(rows, key=len)) + ["failed"] * any("failed" in row for row in rows)
-    show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)     # noqa: E731
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(show(row.get(column, "")) for column in columns) + " |")
+def _milliseconds(function, seconds):
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    return f"{1e3 * timer.blocked_autorange(min_run_time=seconds).median:.3g}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check every operation against its float64 reference, then time it.")
-    parser.add_argument("--rays", type=int, default=65536 if torch.cuda.is_available() else 1024,
-                        help="rays; hash_encode, voxel_interp and triplane_interp take 20 positions a ray")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each number")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
-    parser.add_argument("--resources", action="store_true", help="compile the Triton kernels for sm_80, sm_90, sm_100; needs no GPU")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description="Check every operation, then time it.")
+    parser.add_argument("--rays", type=int, default=1024 if device == "cpu" else 65536)
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each number")
     args = parser.parse_args()
-    if args.resources:
-        header = {"triton": NO_TRITON or triton.__version__}
-        rows = [{"kernel": label, "target": f"sm_{target}", **resources(*what, target)} for target in (80, 90, 100) for label, *what in kernel_list()]
-    else:
-        header, rows = benchmark(args.rays, not args.no_compile, args.seconds)
-    if args.json:
-        print(json.dumps({**header, "rows": rows}, indent=1))
-    else:
-        print("  ".join(f"{key} {value}" for key, value in header.items()) + "\n")
-        _print_table(rows)
-    raise SystemExit(1 if any("failed" in row and "compiled" not in row["backend"] for row in rows) else 0)
+    print(torch.cuda.get_device_name() if device == "cuda" else "CPU", "| torch",
+          torch.__version__, "|", NO_TRITON or f"triton {triton.__version__}")
+    print("\n| operation | backend | check | forward ms | backward ms |\n|---|---|---|---|---|")
+    failed = False
+    for name, (function, inputs) in _cases(args.rays, torch.float32, device).items():
+        backends = ["reference"] if name in ("march", "composite") else ["reference", "torch"]
+        for backend in backends + ["triton"] * (not NO_TRITON):
+            interpreted = backend == "triton" and device == "cpu"
+            result = check(name, backend, 4 if interpreted else args.rays, device)
+            failed = failed or result != "ok"
+            times = []
+            if result == "ok" and not interpreted:
+                forward = partial(function, *inputs, backend=backend)
+                times.append(_milliseconds(forward, args.seconds))
+                out, wrt, grads = _run(function, inputs, backend)
+                if wrt:
+                    backward = partial(torch.autograd.grad, out, wrt, grads, retain_graph=True)
+                    times.append(_milliseconds(backward, args.seconds))
+            print("|", " | ".join([name, backend, result, *times]), "|", flush=True)
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tenso
 
 # -------------------------------------------------------------------------- Langevin walkers
 # A pixel sampler, a module (its buffers are saved in checkpoints and follow it to the GPU), has
-#     draw(n) -> view (n,), xy (n, 2)         images and pixel centres (x, y) of the next step
+#     draw(n, step) -> view (n,), xy (n, 2)   images and pixel centres (x, y) of this step
 #     update(squared_error, abs_error, weight, d_xy)     what came of that draw: (n,) each, and
 #                                             d_xy (n, 2) = d mean(weight squared_error) / d xy
 
@@ -185,15 +185,15 @@ class Walkers(nn.Module):
         self.edges = PixelTable(edge_maps(images)) if args.reinit == "edge" else None
         self.register_buffer("view", torch.arange(num_walkers, device=images.device) % V)
         self.register_buffer("xy", uniform_pixels(num_walkers, self.H, self.W, images.device))
+        self.size = torch.tensor([self.W, self.H], device=images.device)
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+    def draw(self, n: int, step: int = 0) -> tuple[Tensor, Tensor]:
         self.drawn = torch.randperm(len(self.xy), device=self.xy.device)[:n]
         return self.view[self.drawn], self.xy[self.drawn].floor() + 0.5
 
     def update(self, squared_error, abs_error, weight, d_xy: Optional[Tensor]) -> None:
         args, n, device = self.args, len(abs_error), abs_error.device
         view, xy = self.view[self.drawn], self.xy[self.drawn]
-        size = torch.tensor([self.W, self.H], device=device)
         # Langevin move
         if d_xy is not None:
             drift = args.beta * self.noise ** 2 / 2 * grad_log_q(squared_error, weight, d_xy)
@@ -201,18 +201,18 @@ class Walkers(nn.Module):
             xy = xy + drift * (2 * self.noise / length).clamp(max=1)
         xy = xy + self.noise * torch.randn(n, 2, device=device)
         # re-initialise those that left their image, and those of least error
-        starts = ((xy < 0) | (xy >= size)).any(1)
+        starts = ((xy < 0) | (xy >= self.size)).any(1)
         starts[abs_error.topk(int(args.reinit_share * n), largest=False).indices] = True
         if args.reinit == "edge":
             xy = torch.where(starts[:, None], self.edges.draw(view).to(xy), xy)
         elif args.reinit == "uniform":
             xy = torch.where(starts[:, None], uniform_pixels(n, self.H, self.W, device), xy)
         else:                                                       # the image's border reflects
-            xy = size - (size - xy.abs()).abs()
+            xy = self.size - (self.size - xy.abs()).abs()
         # a share of uniform positions, so that every pixel is visited now and then
         uniform = torch.randperm(n, device=device)[:round(args.uniform_share * n)]
         xy[uniform] = uniform_pixels(len(uniform), self.H, self.W, device)
-        self.xy[self.drawn] = torch.minimum(xy.clamp(min=0), size - 1e-3)      # size is outside
+        self.xy[self.drawn] = torch.minimum(xy.clamp(min=0), self.size - 1e-3)  # below the size
 
 
 def visit_exponent(visits: Tensor, abs_error: Tensor) -> float:
@@ -225,7 +225,7 @@ def visit_exponent(visits: Tensor, abs_error: Tensor) -> float:
     order = abs_error.argsort()
     groups = [(abs_error[ids].mean().clamp(min=2 ** -10), visits[ids].float().mean())
               for ids in order.tensor_split(10)]
-    points = torch.tensor([(q.log(), v.log()) for q, v in groups if v > 0])    # (G, 2)
+    points = torch.tensor([(math.log(q), math.log(v)) for q, v in groups if v > 0])        # (G, 2)
     if len(points) == 0:
         return 0.0
     x, y = (points - points.mean(0)).unbind(1)
@@ -236,16 +236,16 @@ def visit_exponent(visits: Tensor, abs_error: Tensor) -> float:
 
 def edge_maps(images: Tensor, released: bool = False) -> Tensor:
     """Sobel magnitude of the grey image over its maximum, in [1e-5, 1].
-    images (V, H, W, 3) -> (V, H, W).
+    images (V, H, W, 3) -> (V, H, W). In float64, as convolutions on a GPU may keep 10 bits (TF32).
 
     Released code: the maximum is that of each pixel column, and the border counts as an edge.
     """
-    grey = (images @ images.new_tensor([0.2989, 0.5870, 0.1140]))[:, None]     # (V, 1, H, W)
+    grey = (images @ images.new_tensor([0.2989, 0.5870, 0.1140]))[:, None].double()
     grey = F.pad(grey, (1, 1, 1, 1), mode="constant" if released else "replicate")
     sobel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     magnitude = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None]).norm(dim=1)
     largest = magnitude.amax(1 if released else (1, 2), keepdim=True)
-    return (magnitude / (largest + 1e-7)).clamp(1e-5, 1.0)
+    return (magnitude / (largest + 1e-7)).clamp(1e-5, 1.0).to(images)
 
 
 class PixelTable:
@@ -268,7 +268,8 @@ class PixelTable:
 
 def uniform_pixels(n: int, H: int, W: int, device) -> Tensor:
     """n pixel centres, each pixel equally likely: xy (n, 2)."""
-    return (torch.rand(n, 2, device=device) * torch.tensor([W, H], device=device)).floor() + 0.5
+    x, y = torch.rand(n, 2, device=device).unbind(1)
+    return torch.stack([x * W, y * H], 1).floor() + 0.5
 
 
 class TableSampler(nn.Module):
@@ -288,7 +289,6 @@ class TableSampler(nn.Module):
         unknown = torch.full(images.shape[:3], torch.nan, device=images.device)
         self.register_buffer("error", unknown)
         self.register_buffer("density", torch.ones_like(unknown))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         if args.sampling == "edge":
             self.density = edge_maps(images)
         self.table = PixelTable(self.density)
@@ -297,12 +297,11 @@ class TableSampler(nn.Module):
         super().load_state_dict(state, *rest)
         self.table = PixelTable(self.density)
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        if self.sampling == "multinomial" and self.draws > 0 and self.draws % self.REFRESH == 0:
+    def draw(self, n: int, step: int = 0) -> tuple[Tensor, Tensor]:
+        if self.sampling == "multinomial" and step > 0 and step % self.REFRESH == 0:
             error = torch.where(self.error.isnan(), self.error.nanmean(), self.error)
             self.density = error.clamp(min=2 ** -10)
             self.table = PixelTable(self.density)
-        self.draws += 1
         view = torch.randint(self.V, (n,), device=self.density.device)
         xy = uniform_pixels(n, self.H, self.W, view.device)
         k = round((1 - self.share) * n)
@@ -341,7 +340,7 @@ class ReleasedWalkers(nn.Module):
     def to_s(self, xy: Tensor) -> Tensor:
         return (xy - 0.5).flip(-1) / self.last
 
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+    def draw(self, n: int, step: int = 0) -> tuple[Tensor, Tensor]:
         return self.view, (self.s * self.last).round().flip(-1) + 0.5
 
     def update(self, squared_error, abs_error, weight, d_xy: Optional[Tensor]) -> None:
@@ -389,10 +388,11 @@ class HashField(nn.Module):
         """x (N, 3) in the world -> (N, 16): log density + 1, and what the colour depends on."""
         u = (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0])                 # (N, 3) in [0, 1]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            return self.geometry(hash_encode(u, self.table, self.levels))
+            h = self.geometry[:2](hash_encode(u, self.table, self.levels))
+        return self.geometry[2](h.to(x))            # bfloat16 changes a density by 1 %
 
     def density(self, x: Tensor) -> Tensor:
-        return truncated_exp(self.encode(x)[:, 0].float() - 1)
+        return truncated_exp(self.encode(x)[:, 0] - 1)
 
     def forward(self, x: Tensor, sh: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, 3), sh (N, 16) spherical harmonics of the direction
@@ -400,7 +400,7 @@ class HashField(nn.Module):
         h = self.encode(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             rgbs = self.colour(torch.cat([h[:, 1:], sh.to(h)], -1))
-        return truncated_exp(h[:, 0].float() - 1), torch.sigmoid(rgbs.float())
+        return truncated_exp(h[:, 0] - 1), torch.sigmoid(rgbs.float())
 
 
 # ------------------------------------------------------------------------ rendering, evaluation
@@ -507,7 +507,7 @@ def num_rays(args: Args, ray_sampler: nn.Module) -> int:
     """Rays of the next step: a constant, or as many as have --samples samples."""
     if args.batch == "rays":
         return args.rays
-    rays = args.samples / float(ray_sampler.samples_per_ray)
+    rays = args.samples / ray_sampler.samples_per_ray
     return int(min(max(rays, 64), args.num_walkers))
 
 
@@ -522,7 +522,7 @@ def train(args: Args) -> dict:
     check(args)
     torch.manual_seed(args.seed)
     scene = to_device(load_scene(args.scene, args.data, args.size, args.background,
-                                 args.train_split, normalise=args.normalise), args.device)
+                                 args.normalise), args.device)
     if args.as_released:                                           # constants of the released code
         args = replace(args, alpha=0.8 if scene.ndc else 0.6, clamp=True, weighting="on",
                        batch="rays", train_background="scene")
@@ -550,8 +550,8 @@ def train(args: Args) -> dict:
         # 1. place the samples: refresh the occupancy grid, or anneal the proposals
         ray_sampler.prepare(field, step)
         # 2. draw pixels, look up their colours, and make their rays (differentiable in xy)
-        view, xy = pixels.draw(num_rays(args, ray_sampler))        # (R,), (R, 2)
-        x, y = xy.long().unbind(-1)
+        view, xy = pixels.draw(num_rays(args, ray_sampler), step)  # (R,), (R, 2)
+        x, y = xy.nan_to_num().long().unbind(-1)       # NaN: a GPU's loss is looked at now and then
         target, bg = images[view, y, x], scene.bg                  # (R, 3), a constant
         if args.train_background == "random":
             visible = None if alpha is None else alpha[view, y, x]

@@ -61,6 +61,17 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def cars(tmp_path_factory):
+    """Four of the built-in cars at 16 px as files, in the layout of the SRN cars."""
+    import common
+    import torch
+    folder = tmp_path_factory.mktemp("families") / "cars_train"
+    write_srn_family(folder, {f"car_{seed}": common.load_car(seed, 16, torch.zeros(3), False)
+                              for seed in range(4)})
+    return folder
+
+
 def command(script, monkeypatch, capsys, *words):
     """Exit status, stdout and stderr of `python SCRIPT.py WORDS`, run in this process."""
     import common
@@ -142,3 +153,8 @@ def write_llff(folder, n=9, H=12, W=16):
         matrix = np.stack([[0, -1.0, 0], [1.0, 0, 0], [0, 0, 1.0], position, hwf], -1)
         rows.append([*matrix.ravel(), 2.0, 50.0])
     np.save(folder / "poses_bounds.npy", np.array(rows))
+
+
+@pytest.fixture(scope="session")
+def stage():
+    return "stage"

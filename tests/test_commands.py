@@ -163,12 +163,6 @@ def test_an_archive_that_is_no_scene(tmp_path, publish, content, words):
     refused(words, "lego", tmp_path / "data")
 
 
-def test_a_transfer_that_is_cut(tmp_path, monkeypatch):
-    reply = io.BytesIO(scene_zip()[:40000])
-    monkeypatch.setattr("urllib.request.urlopen", lambda *words, **more: reply)
-    refused("not a zip.*the network", "lego", tmp_path)
-
-
 def test_download_refuses(tmp_path, publish, monkeypatch):
     publish(scene_zip())
     refused("404", "mic", tmp_path)

@@ -206,11 +206,3 @@ def test_panels_by_hand():
     assert panels[0] == ({"0": 0, "5": 95, "10": 190}, {"1": 170, "2": 85, "3": 0}, "one",
                          [(a, [(0, 170), (95, 85), (190, 0)]), (a, [(0, 170), (190, 85)])], 2)
     assert panels[1][2:] == ("two", [(c, [(0, 170)])], 1)
-
-
-def test_logarithmic_panel_by_hand():
-    curves = {"a": [[(1, 10), (10, 1e5), (1e4, 1e3)]]}
-    [(x, y, _, lines, _)], _ = parts(common.draw_panels({"bytes": curves}, log=True))
-    assert x == {"1": 0, "100": 95, "1e+04": 190}
-    assert y == {"10": 170, "1e+03": 85, "1e+05": 0}
-    assert lines[0][1] == [(0, 170), (47.5, 0), (190, 85)]

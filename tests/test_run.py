@@ -226,7 +226,8 @@ def test_longer_steps_on_resume(undisturbed, tmp_path):
 def test_flags_on_resume(tmp_path, monkeypatch):
     """--out DIR --resume is enough; flags that are given as well replace the run's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "tensorboard", lambda folder: None)
+    board = SimpleNamespace(SummaryWriter=lambda folder: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     seen = []
     monkeypatch.setitem(globals(), "check_flags", lambda args, **_: seen.append(args))
 
@@ -340,17 +341,17 @@ def test_presets_help_and_ranges(tmp_path):
 
 # --------------------------------------------------------------------------- what goes wrong
 
-def test_losses_on_a_gpu_are_read_at_every_fiftieth_step_and_before_a_checkpoint(
-        tmp_path, monkeypatch):
+def test_losses_on_a_gpu_are_read_at_every_fiftieth_step_and_before_a_checkpoint(tmp_path):
     """Reading one waits for the GPU."""
-    run = TrainingRun("toy", "line", Args(out=str(tmp_path / "a"), steps=120, eval_every=60))
-    run.clock.device = torch.device("meta")                              # any but a CPU
-    read = []
-    monkeypatch.setattr(common, "check_finite", lambda loss, step: read.append((step, int(loss))))
-    for step in run.loop({}, lambda *_: {}):
-        run.log(loss=step)
-    assert read == [(step, step) for step in (0, 50, 59, 100, 119)]
-    assert not list(run.loop({}, lambda *_: {}, steps=0, stage="without steps"))
+    for first, found in ((0, 0), (31, 50), (51, 59), (60, 100), (101, 119)):
+        args = Args(out=str(tmp_path / f"{first}"), steps=120, eval_every=60)
+        run = TrainingRun("toy", "line", args)
+        run.device = torch.device("meta")                                # any but a CPU
+        with pytest.raises(UserError, match=f"not finite at step {found};"):
+            for step in run.loop({}, lambda *_: {}):
+                run.log(loss=math.nan if step >= first else 1.0)
+    run = TrainingRun("toy", "line", Args(out=str(tmp_path / "a")))
+    assert not list(run.loop({}, lambda *_: {}, steps=0))
 
 
 def test_empty_field_and_score_that_is_not_a_number(tmp_path):
@@ -424,11 +425,11 @@ def test_no_ffmpeg_is_said_before_training(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ another scene of that name
 
-def scene_of(count=2, shift=0.0, focal=20.0, grey=0.5, name="lego"):
+def scene_of(count=2, shift=0.0, focal=20.0, name="lego"):
     def views(V):
         c2w = torch.eye(4)[:3].expand(V, 3, 4) + shift
         K = torch.tensor([[focal, 0, 6.0], [0, focal, 6.0], [0, 0, 1.0]])
-        images = torch.full((V, 12, 12, 3), grey)
+        images = torch.full((V, 12, 12, 3), 0.5)
         return common.Views(images, c2w, K, None, None, [str(v) for v in range(V)])
     return common.Scene(name, "builtin", views(count), views(1), torch.zeros(2, 3), 2.0, 6.0,
                         torch.ones(3), False)
@@ -440,7 +441,7 @@ def test_another_scene_of_the_same_name_is_refused(tmp_path):
     assert result(folder)[0]["data"] == "builtin"
     before = content(folder)
     for how in ("--resume", "--eval-only"):
-        for other in (dict(count=1), dict(shift=0.1), dict(focal=21.0), dict(grey=0.6)):
+        for other in (dict(count=1), dict(shift=0.1), dict(focal=21.0)):
             outcome = toy(folder, how, scene=scene_of(**other))
             assert_refused(outcome, "another scene of the same name", "--scene")
         outcome = toy(folder, how, scene=scene_of(name="mic"))

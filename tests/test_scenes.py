@@ -191,13 +191,6 @@ def test_splits(tmp_path):
     folder = write_scene(tmp_path / "data/nerf_synthetic/lego")
     scene = common.load_scene("lego", tmp_path / "data")
     assert len(scene.test.names) == len(scene.train.names) == 9 and scene.kind == "blender"
-    refused(folder, "transforms_val.json", train_split="trainval")
-    write_scene(folder, splits=("val",), n=3, meta={"camera_angle_x": 0.9})
-    both = load(folder, train_split="trainval").train
-    assert both.images.shape[0] == 12 and both.K.shape == (12, 3, 3)
-    assert both.K[0, 0, 0] != both.K[11, 0, 0]
-    first = common.pixel_rays(torch.tensor([[0.5, 0.5]]), both.K[11], both.c2w[11:])[1][0]
-    assert torch.equal(common.view_rays(both, 11, False)[1][0], first)
     refused(folder, "--size", size=25)
     for size in (0, -3):
         with pytest.raises(UserError, match="--size"):
@@ -777,10 +770,7 @@ def test_malformed_scene_is_one_line_that_names_it(tmp_path, layout, what):
     refused(tmp_path / "scene", *words)
 
 
-def test_layouts_without_splits(tmp_path):
-    for write in (write_llff, write_dtu):
-        write(tmp_path / write.__name__)
-        refused(tmp_path / write.__name__, "split", train_split="trainval")
+def test_one_view_cannot_be_split(tmp_path):
     write_dtu(tmp_path / "one", n=1)
     refused(tmp_path / "one", "one view only")
 

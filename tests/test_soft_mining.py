@@ -144,8 +144,8 @@ def test_multinomial_with_exponent_one_is_unbiased():
     """Pixels drawn from Q, weights 1/Q: mean(w err) mean(Q) is the uniform mean of any err."""
     q, err, n = torch.rand(1, 6, 5) * 0.5 + 0.01, torch.rand(1, 6, 5) ** 4, 200_000
     sampler = TableSampler(torch.zeros(1, 6, 5, 3), args(sampling="multinomial"))
-    sampler.error, sampler.draws = q.clone(), torch.tensor(TableSampler.REFRESH)
-    view, xy = sampler.draw(n)
+    sampler.error = q.clone()
+    view, xy = sampler.draw(n, TableSampler.REFRESH)
     x, y = xy.long().unbind(-1)
     drawn = err[view, y, x]
     terms = soft_weight(q[view, y, x], 1.0, clamp=False) * drawn * q.mean()
@@ -157,8 +157,8 @@ def test_multinomial_draws_from_what_it_saw(monkeypatch):
     monkeypatch.setattr(TableSampler, "REFRESH", 3)
     sampler = TableSampler(torch.zeros(2, 3, 4, 3), args(sampling="multinomial"))
     q, seen = torch.rand(2, 3, 4) + 0.1, torch.zeros(2, 3, 4, dtype=torch.bool)
-    for _ in range(3):
-        view, xy = sampler.draw(5)
+    for step in range(3):
+        view, xy = sampler.draw(5, step)
         assert torch.equal(sampler.density, torch.ones(2, 3, 4))         # not rebuilt yet
         x, y = xy.long().unbind(-1)
         seen[view, y, x] = True
@@ -166,7 +166,7 @@ def test_multinomial_draws_from_what_it_saw(monkeypatch):
     assert 0 < seen.sum() < seen.numel() and torch.equal(sampler.error.isnan(), ~seen)
     q[view, y, x] *= 2
     sampler.update(None, q[view, y, x], None, None)                      # the last time counts
-    counts = histogram(*sampler.draw(100_000), 2, 3, 4)
+    counts = histogram(*sampler.draw(100_000, 3), 2, 3, 4)
     expected = torch.where(seen, q, q[seen].mean())
     assert_close(sampler.density, expected)
     for v in range(2):
@@ -584,7 +584,7 @@ FLAGS = {
     "as released": dict(as_released=True),
     "proposal": dict(**PROPOSAL, train_background="random"),
     "proposal samples": dict(**PROPOSAL, batch="samples", samples=1200, sampling="uniform"),
-    "bfloat16 trainval": dict(half=True, background="black", train_split="trainval"),
+    "bfloat16": dict(half=True, background="black"),
     "one ray": dict(rays=1),
 }
 
@@ -612,7 +612,7 @@ def spy(monkeypatch, scene, out, **more):
     def making(scene, args):
         sampler = make(scene, args)
         draw, update = sampler.draw, sampler.update
-        sampler.draw = lambda n: tuple(x.clone() for x in note("draw", draw(n)))
+        sampler.draw = lambda *words: tuple(x.clone() for x in note("draw", draw(*words)))
         sampler.update = lambda *words: update(*note("update", words))
         return sampler
 

@@ -41,7 +41,7 @@ def test_srn_read_back_exactly(tmp_path):
     family = common.load_family("cars_train", tmp_path, 8)
     assert (family.name, family.kind) == ("cars_train", "srn")
     assert [scene.name for scene in family.scenes] == ["a", "b"]
-    assert (family.near, family.far) == (0.5, 2.1) and family.check([1, 0]) == [1, 0]
+    assert (family.near, family.far) == (0.5, 2.1)
     train, test = family.read(1)
     kept = [v for v in range(20) if v % 4 != 3]             # from above; 10 of 15 are held out
     K = torch.tensor([[525 / 64, 0, 4], [0, 525 / 64, 4], [0, 0, 1]])       # of 512 px, for 8
@@ -185,24 +185,16 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("mutate, named", MALFORMED)
-def test_malformed_srn(tmp_path, capsys, mutate, named):
+def test_malformed_srn(tmp_path, mutate, named):
     for name in ("a", "b", "c"):
         write_srn(tmp_path / "mine" / name, n=6)
     mutate(tmp_path / "mine/b")
     family = common.load_family("mine", tmp_path, 8)
-    for ask in (lambda: family.read(1), lambda: family.check([0, 1, 2])):
-        with pytest.raises(UserError) as error:
-            ask()
-        message = str(error.value)
-        assert str(tmp_path / "mine/b") in message and len(message.splitlines()) == 1
-        assert named in message, message
-    assert "--skip-bad" in message
-    assert capsys.readouterr().err == "" and family.check([0, 2]) == [0, 2]
-    assert family.check([2, 1, 0], skip_bad=True) == [2, 0]
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and said.startswith("note: left out: ") and named in said
-    with pytest.raises(UserError, match="none of these 1 scenes can be used"):
-        family.check([1], skip_bad=True)
+    with pytest.raises(UserError) as error:
+        family.read(1)
+    message = str(error.value)
+    assert str(tmp_path / "mine/b") in message and len(message.splitlines()) == 1
+    assert named in message, message
 
 
 def test_what_does_not_exist(tmp_path):
@@ -211,7 +203,7 @@ def test_what_does_not_exist(tmp_path):
         with pytest.raises(UserError, match=f"scene {i} does not exist: it has 1"):
             common.load_family("mine", tmp_path, 8).read(i)
     with pytest.raises(UserError, match="--size 9"):        # pictures have 8 px
-        common.load_family("mine", tmp_path, 9).check([0])
+        common.load_family("mine", tmp_path, 9).read(0)
     with pytest.raises(UserError, match="--size 0 must be"):
         common.load_family("cars", tmp_path, 0)
 
@@ -252,7 +244,6 @@ def test_real_srn_cars():
     data = Path(real("srn_cars/cars_train"))
     family = common.load_family("srn_cars", data, 64)
     assert family.kind == "srn" and family.name == "cars_train" and len(family.scenes) >= 3
-    assert family.check([0, 1, 2]) == [0, 1, 2]
     for i in range(3):
         train, test = family.read(i)
         assert len(train.names) == 4 and len(test.names) == 2 and train.alpha is None
