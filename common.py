@@ -1700,7 +1700,7 @@ class TrainingRun:
                 import imageio_ffmpeg
                 imageio_ffmpeg.get_ffmpeg_exe()
         self.identity = {"method": method, "scene": getattr(scene, "name", scene),
-                         "kind": getattr(scene, "kind", None)}   # "builtin": not the real scene
+                         "data": getattr(scene, "kind", None)}   # "builtin": not the real scene
         self.path = Path(args.out or f"runs/{method}-{self.identity['scene']}-"
                                      f"{datetime.now():%Y%m%d-%H%M%S-%f}")
         views = (scene.train, scene.test) if isinstance(scene, Scene) else ()
@@ -1814,8 +1814,8 @@ class TrainingRun:
     def finish(self, **more) -> dict:
         """Write summary.json and print its scores. -> the summary, which `more` is a part of."""
         flags = self.flags
-        summary = {**self.identity, "data": self.identity["kind"], "size": flags.size,
-                   "seed": flags.seed, "steps": self.step, "train_seconds": round(self.seconds, 2),
+        summary = {**self.identity, "size": flags.size, "seed": flags.seed, "steps": self.step,
+                   "train_seconds": round(self.seconds, 2),
                    "peak_memory_mb": round(peak_memory_mb(flags.device), 1), **self.scores, **more}
         write_json(self.path / "summary.json", summary)
         if self.board:

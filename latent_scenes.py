@@ -1,26 +1,31 @@
 """Many scenes in a 3D-aware latent space (3Da-AE: Schnepf et al., CVPR 2024 workshop 3DMV,
 arXiv 2403.11678).
 
-A thousand cars are fitted together. The tri-plane of a car is not rendered to 64 x 64 colours but
-to a 16 x 16 image of latents, which a small convolutional decoder turns into the picture: 16 times
-fewer rays a picture. For that, the latents of all views must be views of one thing in space, which
-those of an ordinary autoencoder are not. So the autoencoder is first trained further together with
-the planes of some scenes (stage 1): it becomes 3D-aware. Each tri-plane is a small private part
-beside a learned combination of tri-planes that all scenes share. A new scene (stage 2) then costs
-few bytes and seconds, and what was paid once is divided by the number of scenes.
+Many cars (here 64, paper: 1000) are fitted together. A car's tri-plane is rendered not to 64 x 64
+colours but to 16 x 16 latents, which a decoder D turns into the picture: 256 rays, not 4096. (RGB
+planes may take 128 random rays a step, so that a latent step is no cheaper. The gain is fewer
+pictures of a new car: 90 of 256 rays against 1000 of 128.) Latents of an ordinary encoder E do not
+fit: move the camera a little, and the latent of the same door handle changes with its place in
+the frame; no tri-plane renders both. So E and D are trained further with planes of some cars (phase
+B). A tri-plane is a small private part beside a learned combination of tri-planes all cars share.
 
-    T_i = concat(T_i^mic, sum_k W_ik B_k)                                  fuse
-    y = render(T_i, pose),  picture = D(n^-1(y)),  n(z) = tanh(s z)        render, Model.decode
-    L_latent = |n(E(x)) - y|^2,  L_rgb = |D(n^-1(y)) - x|^2,  L_ae = |D(E(x)) - x|^2      losses
+    T_i = concat(T_i^mic, sum_k W_ik B_k)                                              fuse
+    y = render(T_i, pose),  picture = D(norm^-1(y)),  norm(z) = tanh(s z)   render, normalise
+    L_latent = |norm(E(x)) - y|^2,  L_rgb = |D(norm^-1(y)) - x|^2,  L_ae = |D(E(x)) - x|^2
+    phase B: L_rgb + lambda_latent L_latent + lambda_ae L_ae + lambda_tv TV(T)       total_loss
 
-| paper                             | here                                                       |
-|-----------------------------------|------------------------------------------------------------|
-| E, D; B_k; tiny MLP               | Autoencoder.encoder, .decoder; Model.shared; Model.mlp     |
-| T_i^mic, W_i; what trains when    | row i of Bank; phases                                      |
+| phase | scenes | trains                   | why                                                |
+|-------|--------|--------------------------|----------------------------------------------------|
+| 0     | old    | E, D                     | an ordinary autoencoder; new cars stay unseen      |
+| A     | old    | T^mic, W, B_k, MLP       | planes learn its latents as well as they can       |
+| B     | old    | T^mic, W, B_k, MLP, E, D | latents become what planes can render: 3D-aware    |
+| C     | new    | T^mic, W                 | new cars from latents alone; a step needs no D     |
+| D     | new    | T^mic, W, D              | a second decoder, tuned to what planes now render  |
+Old: stage 1; new: stage 2. Code: E, D in Autoencoder, B_k Model.shared, T_i^mic, W_i row i of Bank.
 
-    python latent_scenes.py                         24 unseen cars: 25.0 dB, 200 s of one core
+    python latent_scenes.py                         24 unseen cars: 24.6 dB, 200 s of one core
     python latent_scenes.py --representation rgb    the baseline, RGB tri-planes: 26.3 dB (4 cars)
-    python latent_scenes.py --autoencoder plain     without phase B: 21.0 dB
+    python latent_scenes.py --autoencoder plain     phase B and its steps left out: 21.0 dB
     torchrun --nproc-per-node=2 latent_scenes.py    the same, scenes dealt to two processes
 """
 from __future__ import annotations
@@ -61,7 +66,8 @@ class Args(RunArgs):
     representation: Literal["rgb", "latent"] = "latent"
     """What planes are rendered to: latents, or colours (the baseline, on the new scenes only)."""
     autoencoder: Literal["plain", "3d"] = "3d"
-    """3d: trained further with the planes of stage 1 (phase B). plain: phase B is left out."""
+    """plain: no phase B, so shared planes and MLP lose 1600 of 1900 steps and all RGB training too.
+    Were it as good, phase B would bring nothing."""
     latent_channels: int = 8
     """Channels of a latent image, C."""
     width: tuple[int, ...] = (32, 48)
@@ -69,9 +75,9 @@ class Args(RunArgs):
     resolution: int = 32
     """Texels a side of a plane, R."""
     micro: int = 4
-    """Private features, F_mic (0: shared planes only)."""
+    """Private features, F_mic (0: shared planes only, 23.1 instead of 24.6 dB, older run)."""
     macro: int = 8
-    """Shared features, F_mac (0: private planes only). RGB planes have F_mic + F_mac private."""
+    """Shared features, F_mac (0: private planes only, 23.6 dB). RGB planes have both private."""
     bases: int = 12
     """Shared tri-planes, M."""
     hidden: int = 32
@@ -80,9 +86,9 @@ class Args(RunArgs):
     """Samples of a ray, one in each of so many equal intervals."""
     batch: int = 4
     """Scenes a step, a picture of each, over all processes."""
-    views: tuple[int, int, int, int, int] = (220, 30, 160, 20, 70)
+    epochs: tuple[int, int, int, int, int] = (220, 30, 160, 20, 70)
     """Pictures of each of their scenes that phases 0, A, B, C and D see."""
-    views_rgb: int = 1000
+    epochs_rgb: int = 1000
     """The same for RGB planes, which see --rgb-rays of each."""
     rgb_rays: int = 128
     """Rays of one picture that a step of RGB planes takes."""
@@ -101,21 +107,21 @@ class Args(RunArgs):
     lambda_ae: float = 0.3
     """The same of the autoencoder's own loss."""
     tv: float = 1e-3
-    """Weight of the total variation of planes in stage 1."""
+    """Weight of the total variation of planes that begin as noise (stage 1, RGB planes)."""
     encode_every: int = 4
-    """In phase B one picture of so many goes through E, which costs much (paper: 1)."""
+    """In phase B one picture of so many goes through E, as it is slow: one a step (paper: all)."""
     shift: bool = True
-    """Move each training picture by up to half a latent pixel, its rays with it (ours)."""
+    """Move training pictures by up to half a latent pixel, rays too (ours; off: 0.3 dB less)."""
 
 
-PRESETS = {
+PRESETS = {         # paper: its sizes, rates and weights; tv and shift stay ours. It was not run.
     "quick": Args(),
     "paper": Args(preset="paper", size=128, scenes=500, new_scenes=500, eval_every=2000,
                   latent_channels=4, width=(64, 128, 256), resolution=64, micro=10,
                   macro=22, bases=50, hidden=64, samples=96, batch=32,
-                  views=(2000, 1230, 1230, 1230, 1230), views_rgb=20_000, rgb_rays=1024, lr=1e-2,
-                  lr_rgb=1e-2, lr_mlp=1e-2, lr_ae=1e-4, lr_finetune=1e-4, lambda_latent=1.0,
-                  lambda_ae=0.1, encode_every=1)}
+                  epochs=(2000, 1230, 1230, 1230, 1230), epochs_rgb=20_000, rgb_rays=1024,
+                  lr=1e-2, lr_rgb=1e-2, lr_mlp=1e-2, lr_ae=1e-4, lr_finetune=1e-4,
+                  lambda_latent=1.0, lambda_ae=0.1, encode_every=1)}
 
 
 # ------------------------------------------------------- planes, latents, losses: the method
@@ -133,23 +139,23 @@ def fuse(private: Tensor, W: Tensor, shared: Tensor) -> Tensor:
 
 
 def normalise(z: Tensor, s: Tensor) -> Tensor:
-    """n(z) = tanh(s z), in (-1, 1). Why: planes are rendered through a sigmoid. s is 0.4 / std(z),
-    measured when phase 0 ends: latents then use most of tanh's range, and few are saturated."""
+    """norm(z) = tanh(s z), in (-1, 1), as planes are rendered through a sigmoid. s = 0.4 / std(z):
+    one standard deviation goes to 0.38, three to 0.83, so that few latents are saturated."""
     return torch.tanh(s * z)
 
 
 def denormalise(y: Tensor, s: Tensor) -> Tensor:
-    """n^-1(y) = atanh(y) / s; y is clipped to [-1 + 1e-4, 1 - 1e-4], no gradient where it is."""
+    """norm^-1(y) = atanh(y) / s; y is clipped to [-1 + 1e-4, 1 - 1e-4], no gradient where it is."""
     return torch.atanh(y.clamp(-1 + 1e-4, 1 - 1e-4)) / s
 
 
 def total_variation(planes: Tensor) -> Tensor:
     """Mean squared difference of neighbouring texels along both sides.  planes (n, 3, R, R, F).
-    Released code: a sum instead of a mean, so that its weight 1e-4 is about 10 of ours."""
+    Released code: a sum, not a mean; its weight 1e-4 cannot be compared with --tv."""
     return planes.diff(dim=2).square().mean() + planes.diff(dim=3).square().mean()
 
 
-def losses(model: Model, batch: Batch, planes: Optional[Tensor], weights: dict) -> tuple:
+def total_loss(model: Model, batch: Batch, planes: Optional[Tensor], weights: dict) -> tuple:
     """-> the loss of a step, a weighted sum, and the mean opacity of its rays (0-d each).
 
     planes (n, 3, R, R, F) of the batch's scenes, None in phase 0. weights: loss -> its weight.
@@ -173,11 +179,12 @@ def losses(model: Model, batch: Batch, planes: Optional[Tensor], weights: dict) 
         error = F.mse_loss(out["y"][some], normalise(z, model.autoencoder.s))
         loss = loss + weights["latent"] * batch.encoded_weight * error
     if "rgb" in weights:
-        # Gradient to D and, through n^-1 and the renderer, to planes, W, B and MLP. Not to E.
+        # Gradient to D and, through norm^-1 and the renderer, to planes, W, B and MLP. Not to E.
         error = F.mse_loss(model.decode(out["y"]), batch.target)
         loss = loss + weights["rgb"] * error
     if "tv" in weights:
-        # Gradient to planes, W and B: texels that no ray has seen follow their neighbours.
+        # Gradient to planes, W and B: texels that no ray has seen follow their neighbours. It is
+        # for planes that begin as noise (A, B, rgb); those of C begin as a mean of smooth ones.
         loss = loss + weights["tv"] * total_variation(planes)
     return loss, out["opacity"].mean().detach()
 
@@ -185,38 +192,32 @@ def losses(model: Model, batch: Batch, planes: Optional[Tensor], weights: dict) 
 @dataclass(frozen=True)
 class Phase:
     name: str
-    stage: str              # whose scenes: "old" (stage 1) or "new" (stage 2)
+    scenes: str             # "old" (of stage 1) or "new" (of stage 2)
     trains: frozenset       # of encoder, decoder, planes, shared, mlp; all else is frozen
     weights: dict           # loss -> weight
-    views: int              # pictures of each scene
-    rays: int               # of a picture
+    epochs: int             # pictures of each scene
+    rays: int               # of a picture: all of a latent image, as D needs it whole
 
 
 def phases(args: Args) -> list[Phase]:
-    """What trains when; `planes` are the private planes and W of the phase's scenes.
-
-    0: an ordinary autoencoder. A: planes learn its latents as well as they can. B: everything
-    together; the autoencoder becomes 3D-aware. C: planes of new scenes, from latents alone.
-    D: through the decoder, which is tuned to what these planes render.
-    Why C before D: a step of C needs no decoder, and brings planes near to where D ends.
+    """What trains when (why: see the top). `planes`: private planes and W of the phase's scenes.
     Released code: C and D also train the shared planes and a new MLP, so that no old scene renders
-    any more (tried here: 0.5 dB less). D tunes a second decoder; old scenes keep the first.
-    """
+    any more (tried here: 0.5 dB less)."""
     joint = {"rgb": 1.0, "latent": args.lambda_latent, "autoencoder": args.lambda_ae, "tv": args.tv}
     table = [
         # name, scenes, what trains                            losses and their weights
-        ("0", "old", "encoder decoder",                        {"autoencoder": 1.0}),
+        ("0", "old", "encoder decoder",                        {"autoencoder": 1.0}),   # then s, bg
         ("A", "old", "planes shared mlp",                      {"latent": 1.0, "tv": args.tv}),
         ("B", "old", "planes shared mlp encoder decoder",      joint),
         ("C", "new", "planes",                                 {"latent": 1.0}),
         ("D", "new", "planes decoder",                         {"rgb": 1.0}),
     ]
-    views, rays = args.views, [0, *[(args.size // 2 ** len(args.width)) ** 2] * 4]
+    epochs, rays = args.epochs, [0, *[(args.size // 2 ** len(args.width)) ** 2] * 4]
     if args.representation == "rgb":
         table = [("rgb", "new", "planes mlp", {"rgb": 1.0, "tv": args.tv})]
-        views, rays = [args.views_rgb], [args.rgb_rays]
-    listed = [Phase(name, stage, frozenset(trains.split()), weights, *counts)
-              for (name, stage, trains, weights), *counts in zip(table, views, rays)]
+        epochs, rays = [args.epochs_rgb], [args.rgb_rays]
+    listed = [Phase(name, scenes, frozenset(trains.split()), weights, *counts)
+              for (name, scenes, trains, weights), *counts in zip(table, epochs, rays)]
     return [phase for phase in listed if phase.name != "B" or args.autoencoder == "3d"]
 
 
@@ -232,7 +233,9 @@ def bytes_per_scene(N: int, R: int, micro: int, M=0, macro=0, networks=0) -> flo
 
 def break_even(shared: float, each: float, rgb: float) -> float:
     """The N above which N scenes take fewer bytes than RGB planes: shared + N each = N rgb.
-    Example (the paper's sizes): (54.1 MB + 334.6 MB) / (1573 kB - 492 kB) = 360 scenes."""
+    Example (the paper's sizes, one decoder; train counts two): (54.1 MB + 334.6 MB) / (1573 kB -
+    492 kB) = 360 scenes. Seconds, quick size, first version: 162 / (3.43 - 0.69) = 59 scenes, with
+    24.3 dB against 26.6: for the 24 new cars of a quick run RGB planes are better and faster."""
     return shared / (rgb - each) if rgb > each else math.inf
 
 
@@ -252,7 +255,8 @@ class Residual(nn.Sequential):
 class Autoencoder(nn.Module):
     """E: (n, 3, H, W) in [-1, 1] -> z (n, C, H/f, W/f); D back. Convolutions; each halving moves
     2 x 2 pixels into channels. Measured when phase 0 ends: s (see normalise), and bg (C,), which
-    the renderer puts behind planes: the mean of (n(z) + 1) / 2 along the border of the pictures.
+    the renderer puts behind planes: the mean of (norm(z) + 1) / 2 along the pictures' border. Both
+    stay as E trains on: planes have learned latents of this scale before this background.
     Released code: Stable Diffusion's, 84 M weights trained on other pictures, with noise on its
     latents. Here 0.3 M weights, trained from nothing, no noise.
     """
@@ -275,7 +279,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def measure(self, scenes: list[SceneViews]) -> None:
         """Set s and bg by the training views of these scenes, and of those of other processes."""
-        x = torch.cat([scene.pictures(slice(scene.tests, None)) for scene in scenes])
+        x = torch.cat([scene.pictures(slice(scene.num_tests, None)) for scene in scenes])
         z = self.encoder(x).double()
         sums = torch.stack([z.new_tensor(z.numel()), z.sum(), z.square().sum()])
         sum_over_ranks([sums])
@@ -298,8 +302,8 @@ class Model(nn.Module):
         if self.rgb:
             private, macro, channels, self.factor = args.micro + args.macro, 0, 3, 1
         M = args.bases if macro else 0
-        self.private = (3, R, R, private)                      # shape of a scene's own planes
-        self.P = math.prod(self.private) + M                   # numbers of a scene: these and W
+        self.private_shape = (3, R, R, private)                # shape of a scene's own planes
+        self.P = math.prod(self.private_shape) + M             # numbers of a scene: these and W
         self.near, self.far = family.near, family.far
         self.shared = nn.Parameter(0.1 * torch.randn(M, 3, R, R, macro))
         self.mlp = nn.Sequential(nn.Linear(private + macro, args.hidden), nn.Softplus(),
@@ -313,18 +317,20 @@ class Model(nn.Module):
     def planes(self, p: Tensor) -> Tensor:
         """Scenes' own numbers (n, P) -> tri-planes (n, 3, R, R, F)."""
         own = self.P - len(self.shared)
-        return fuse(p[:, :own].view(len(p), *self.private), p[:, own:], self.shared)
+        return fuse(p[:, :own].view(len(p), *self.private_shape), p[:, own:], self.shared)
 
     def field(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, N, 3) in the world -> sigmas (n N,) = softplus(raw - 1) [1/length],
-        rgbs (n N, C) = 1.002 sigmoid(raw) - 0.001. Features: the sum of the three planes xy, xz,
-        yz at x. Released code: its third plane is (z, x), so nothing sees y and z together."""
+        """x (n, N, 3) in the world -> sigmas (n N,) = softplus(raw - 1) [1/length], as EG3D: space
+        begins thin; rgbs (n N, C) = 1.002 sigmoid(raw) - 0.001, as Mip-NeRF: reaches 0 and 1.
+        Features: the sum of planes xy, xz, yz at x, as in EG3D. No view direction: a point has one
+        latent from all sides, which is what makes latents 3D-consistent.
+        Released code: its third plane is (z, x), so nothing sees y and z together."""
         u = 2 * (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0]) - 1
         h = self.mlp(triplane_interp(u, planes)).flatten(0, 1)                 # (n N, 1 + C)
         return F.softplus(h[:, 0] - 1), torch.sigmoid(h[:, 1:]) * 1.002 - 0.001
 
     def decode(self, y: Tensor) -> Tensor:
-        """Rendered (n, C, h, w) in [-1, 1] -> pictures (n, 3, H, W) = D(n^-1(y))."""
+        """Rendered (n, C, h, w) in [-1, 1] -> pictures (n, 3, H, W) = D(norm^-1(y))."""
         if self.rgb:
             return y
         return self.autoencoder.decoder(denormalise(y, self.autoencoder.s))
@@ -332,16 +338,15 @@ class Model(nn.Module):
 
 def render(model: Model, planes: Tensor, rays_o: Tensor, rays_d: Tensor,
            jitter: Optional[Tensor] = None) -> dict:
-    """Volume rendering of latents or colours c_i: with delta_i the length of interval i,
+    """Volume rendering of latents or colours c_j: with delta_j the length of interval j,
 
-        T_i = exp(-sum_{j<i} sigma_j delta_j),    w_i = T_i (1 - exp(-sigma_i delta_i)),
-        y = 2 (sum_i w_i c_i + (1 - opacity) bg) - 1,    opacity = sum_i w_i.
+        w_j = exp(-sum_{l<j} sigma_l delta_l) (1 - exp(-sigma_j delta_j)),    opacity = sum_j w_j,
+        y = 2 (sum_j w_j c_j + (1 - opacity) bg) - 1.
 
     planes (n, 3, R, R, F), rays (n, h, w, 3) of n pictures -> y (n, C, h, w) in about [-1, 1],
-    opacity and depth = sum_i w_i t_i (n, h, w). The part of a ray in the box is cut into equal
+    opacity and depth = sum_j w_j t_j (n, h, w). The part of a ray in the box is cut into equal
     intervals, moved by jitter (n, h, w) - 1/2 of one (None: not), with a sample in the middle of
-    each. Differentiable in planes and model.
-    Released code: 48 samples, then 48 more where these found something; here 96 (--preset paper).
+    each. One ray stands for a latent pixel: E is trained too, towards what such rays can render.
     """
     n, shape = len(planes), rays_o.shape[:-1]
     o, d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)                        # (r, 3)
@@ -368,14 +373,14 @@ class SceneViews:
     images: Tensor          # (V, 3, H, W) uint8
     c2w: Tensor             # (V, 3, 4)
     K: Tensor               # (V, 3, 3)
-    tests: int              # the first so many are test views
+    num_tests: int          # the first so many are test views
 
     def pictures(self, views) -> Tensor:
         """(n, 3, H, W) in [-1, 1]; of one number (3, H, W)."""
         return self.images[views].float() / 127.5 - 1
 
     def training_view(self, u: float) -> tuple[Tensor, Tensor, Tensor]:
-        v = self.tests + int(u * (len(self.c2w) - self.tests))
+        v = self.num_tests + int(u * (len(self.c2w) - self.num_tests))
         return self.pictures(v), self.c2w[v], self.K[v]
 
 
@@ -403,7 +408,7 @@ class Batch:
     rays_o: Tensor          # (n, h, w, 3); of RGB planes (n, 1, k, 3)
     rays_d: Tensor
     jitter: Tensor          # (n, h, w) in [0, 1)
-    share: float            # of the pictures of all processes in this step
+    fraction: float         # of the pictures of all processes in this step
     encoded: list           # which of the n go through E
     encoded_weight: float   # of their mean error, which stands for that of all n
 
@@ -413,19 +418,15 @@ def draw_batch(args: Args, phase: Phase, number: int, step: int, rows: range, vi
     """The pictures of a step; None if all slots of this process rest. All processes draw the random
     numbers of all slots, so that a step does not depend on how many processes there are.
 
-    A latent step takes all H W / f^2 rays of a picture (quick: 256), as D needs the whole latent
-    image; a step of RGB planes any --rgb-rays of H W (quick: 128 of 4096). So f^2 is saved on a
-    picture, not on a step.
     Why --shift: rays through the centres of latent pixels alone never see what is between them
-    (pictures are rolled: their border is background).
-    """
+    (pictures are rolled: their border is background)."""
     rank, world = ranks()
     slots = schedule(len(rows), args.batch, step, args.seed, number)
     used = [j for j in range(args.batch) if slots[j] is not None]
     mine = [j for j in used if j % world == rank]
     rgb, factor = phase.name == "rgb", 2 ** len(args.width)
     side, half = args.size // factor, factor // 2
-    which = torch.rand(args.batch).tolist()
+    view = torch.rand(args.batch).tolist()
     jitter = torch.rand((args.batch, 1, args.rgb_rays) if rgb else (args.batch, side, side))
     pixel = torch.randint(args.size ** 2, jitter.shape)
     shift = torch.randint(-half, half + 1, (args.batch, 2)) * int(args.shift and not rgb)
@@ -434,7 +435,7 @@ def draw_batch(args: Args, phase: Phase, number: int, step: int, rows: range, vi
     every = args.encode_every if phase.name == "B" else 1
     encoded = [k for k, j in enumerate(mine) if (j + step) % every == 0]       # slots take turns
     scenes = [rows[slots[j]] for j in mine]
-    x, c2w, K = zip(*(views[i].training_view(which[j]) for i, j in zip(scenes, mine)))
+    x, c2w, K = zip(*(views[i].training_view(view[j]) for i, j in zip(scenes, mine)))
     target = x = torch.stack([image.roll(shift[j].tolist(), (2, 1)) for image, j in zip(x, mine)])
     xy = (pixel_grid(side, side, device) * factor).view(side, side, 2)
     xy = xy - shift[mine, None, None].to(device)               # (n, h, w, 2)
@@ -447,23 +448,23 @@ def draw_batch(args: Args, phase: Phase, number: int, step: int, rows: range, vi
                  encoded, len(encoded) * every / len(mine))
 
 
-def schedule(n: int, B: int, step: int, *seed: int) -> list[Optional[int]]:
-    """Which of n scenes stand in the B slots of a step (None: a slot rests); each comes once in an
-    epoch of L = ceil(n / B) steps.
+def schedule(n: int, batch: int, step: int, *seed: int) -> list[Optional[int]]:
+    """Which of n scenes stand in the slots of a step (None: a slot rests); each comes once in an
+    epoch of length = ceil(n / batch) steps.
 
-    Scene k has slot k mod B, and slot j belongs to process j mod world, so that a scene's numbers
-    never move between processes. Of the L scenes of a slot, step s of the epoch takes number
-    (a + b s) mod L, with a and b of the epoch, b prime to L: one element of a permutation, without
-    drawing the others. Example: L = 5, a = 3, b = 2: 3, 0, 2, 4, 1.
+    Scene k has slot k mod batch, and slot j belongs to process j mod world, so that a scene's
+    numbers never move between processes. Of the scenes of a slot, step t of the epoch takes number
+    (a + b t) mod length, with a and b of the epoch, b prime to length: one element of a
+    permutation, without drawing the others. Example: length 5, a = 3, b = 2: 3, 0, 2, 4, 1.
     """
-    L = math.ceil(n / B)
-    epoch, s = divmod(step, L)
+    length = math.ceil(n / batch)
+    epoch, t = divmod(step, length)
     rng, slots = np.random.default_rng((*seed, epoch)), []
-    for slot in range(B):
-        a, b = rng.integers(L, size=2).tolist()
-        while math.gcd(b, L) != 1:
-            b = (b + 1) % L
-        k = (a + b * s) % L * B + slot
+    for slot in range(batch):
+        a, b = rng.integers(length, size=2).tolist()
+        while math.gcd(b, length) != 1:
+            b = (b + 1) % length
+        k = (a + b * t) % length * batch + slot
         slots.append(k if k < n else None)
     return slots
 
@@ -475,9 +476,9 @@ class Bank:
     processes share: p, m, v (P,) each, and t, the number of its steps.
 
     A step reads and writes the rows of its batch: its cost does not depend on how many scenes there
-    are, and the others rest. (Released code: dense Adam, whose old momentum moves them all.)
-    On a GPU the rows stay on it, and the file is written before a checkpoint is.
-    """
+    are. The others rest (released code: dense Adam, whose old momentum moves them all). Moments go
+    on from A to B and from C to D, as the planes do.
+    On a GPU the rows stay on it, and the file is written before a checkpoint is."""
     def __init__(self, path, count: int, P: int, device: str):
         self.P, width = P, 3 * P + 1
         self.file = torch.from_file(str(path), shared=True, size=count * width).view(count, width)
@@ -518,8 +519,7 @@ def ranks() -> tuple[int, int]:
 
 
 def start_ranks(device: str) -> str:
-    """Join torchrun's other processes, if there are any; -> the device of this one. They wait for
-    each other for at most an hour: to draw a thousand cars takes ten minutes."""
+    """Join torchrun's other processes, if any; -> this one's device. They wait an hour at most."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 or dist.is_initialized():
         return device
@@ -586,14 +586,14 @@ def render_views(model: Model, row: Tensor, c2w: Tensor, K: Tensor, size: int) -
 def evaluate(model: Model, bank: Optional[Bank], views: dict, scenes: range, count=None) -> dict:
     """Means over scenes, those of other processes included, of means over `count` test views (None:
     all): psnr [dB] and ssim of rendered pictures (bank None: not); autoencoder_psnr, of D(E(x)), a
-    ceiling for planes that copy latents (phases A, C). Phase D may pass it: D is tuned to them."""
+    ceiling for copied latents (quick: 28.88 dB; without phase B 29.01), which phase D may pass."""
     def mean(measure, images):
         return float(torch.stack([measure(a, b) for a, b in zip(images, target)]).mean())
 
     sums = torch.zeros(4, device=model.aabb.device)            # number of scenes, three scores
     for i in [i for i in scenes if i in views]:
         scene, scores = views[i], [1.0, 0.0, 0.0, 0.0]
-        tests = slice(min(count or scene.tests, scene.tests))
+        tests = slice(min(count or scene.num_tests, scene.num_tests))
         x = scene.pictures(tests)
         target = to_images(x)
         if bank is not None:
@@ -609,17 +609,18 @@ def evaluate(model: Model, bank: Optional[Bank], views: dict, scenes: range, cou
     return {name: float(x / sums[0]) for name, x in zip(names, sums[1:]) if x != 0}
 
 
-def draw(model: Model, bank: Bank, views: dict, rows: range, folder) -> None:
+def save_strips(model: Model, bank: Bank, views: dict, rows: range, folder) -> None:
     """test_000.png, ... of the first six scenes: target | rendered | error | depth, and (latents)
     four channels of what is rendered, 2 x 2."""
     for k in [k for k in range(len(rows[:6])) if rows[k] in views]:
-        scene, v = views[rows[k]], slice(k, k + 1)
-        target = to_images(scene.pictures(v))[0]               # one of its first views
+        scene = views[rows[k]]
+        v = [k % scene.num_tests]                              # a test view
+        target = to_images(scene.pictures(v))[0]
         out = render_views(model, bank.read([rows[k]]), scene.c2w[v], scene.K[v], len(target))
         depth = F.interpolate(out["depth"][None], size=target.shape[:2])[0, 0]
         strip = comparison_strip(target, out["rgb"][0], depth, model.near, model.far)
         if not model.rgb:
-            y = out["y"][:, [0, 1, 2, -1]] / 2 + 0.5
+            y = out["y"][:, torch.arange(4) % out["y"].shape[1]] / 2 + 0.5
             a, b, c, d = F.interpolate(y, size=len(target) // 2)[0]
             tiles = torch.cat([torch.cat([a, b], 1), torch.cat([c, d], 1)])
             strip = torch.cat([strip, tiles[..., None].expand(-1, -1, 3)], 1)
@@ -631,13 +632,13 @@ def draw(model: Model, bank: Bank, views: dict, rows: range, folder) -> None:
 def check(args: Args) -> None:
     """Raise UserError for a flag that makes no sense."""
     check_flags(args, positive=("scenes", "new_scenes", "latent_channels", "resolution", "bases",
-                                "hidden", "samples", "batch", "views_rgb", "rgb_rays", "lr",
+                                "hidden", "samples", "batch", "epochs_rgb", "rgb_rays", "lr",
                                 "lr_rgb", "lr_mlp", "lr_ae", "lr_finetune", "encode_every"),
                 not_negative=("micro", "macro", "lambda_latent", "lambda_ae", "tv"))
     require(args.micro + args.macro > 0, "--micro 0 --macro 0: planes need features")
     require(args.width and args.size % 2 ** len(args.width) == 0,
             f"--size {args.size}: is halved once for each number of --width, and must be even")
-    require(min(args.width) > 0 and min(args.views) > 0, "--width, --views: wanted more than 0")
+    require(min(args.width) > 0 and min(args.epochs) > 0, "--width, --epochs: wanted more than 0")
     world = ranks()[1]
     require(args.batch % world == 0 and min(args.scenes, args.new_scenes) >= world,
             f"--batch {args.batch}: wanted a multiple of the {world} processes, and as many scenes")
@@ -661,7 +662,7 @@ def make_optimiser(args: Args, phase: Phase, model: Model) -> torch.optim.Adam:
     model.requires_grad_(False)
     parts = [("shared", [model.shared], args.lr), ("mlp", model.mlp.parameters(), args.lr_mlp)]
     if not model.rgb:
-        rate = args.lr_ae if phase.stage == "old" else args.lr_finetune
+        rate = args.lr_ae if phase.scenes == "old" else args.lr_finetune
         parts += [("encoder", model.autoencoder.encoder.parameters(), rate),
                   ("decoder", model.autoencoder.decoder.parameters(), rate)]
     groups = [{"params": [p.requires_grad_() for p in params if name in phase.trains], "rate": rate}
@@ -672,7 +673,7 @@ def make_optimiser(args: Args, phase: Phase, model: Model) -> torch.optim.Adam:
 def start_planes(phase: Phase, model: Model, bank: Bank, rows: dict, views: dict) -> None:
     """Planes of stage 1, and RGB planes, start from noise (0.1; W such that sum_k W_k B_k is as
     large as B_k), new ones from the mean of stage 1's. Released code: all from noise."""
-    for i in rows[phase.stage] if phase.name in ("A", "rgb") else ():
+    for i in rows[phase.scenes] if phase.name in ("A", "rgb") else ():
         M = len(model.shared)
         W = torch.randn(M) / max(M, 1) ** 0.5
         bank.fill(i, torch.cat([0.1 * torch.randn(model.P - M), W]))
@@ -684,12 +685,12 @@ def start_planes(phase: Phase, model: Model, bank: Bank, rows: dict, views: dict
 
 
 def num_steps(args: Args, phase: Phase, scenes: int) -> int:
-    return min(args.steps, phase.views * math.ceil(scenes / args.batch))
+    return min(args.steps, phase.epochs * math.ceil(scenes / args.batch))
 
 
 def train(args: Args) -> dict:
-    """All phases; write the run folder; -> what summary.json holds. A finished phase yields no
-    steps; what is prepared for it again is replaced by the checkpoint before the next step."""
+    """All phases; write the run folder; -> what summary.json holds. On resume, run.loop
+    returns at once for finished phases; the checkpoint overwrites what start_planes wrote."""
     args = replace(args, device=start_ranks(args.device))
     check(args)
     torch.manual_seed(args.seed)
@@ -703,7 +704,7 @@ def train(args: Args) -> dict:
     stage1 = copy.deepcopy(model)                              # with which old scenes are rendered
     bank = Bank(run.path / "planes.bin", len(ids), model.P, args.device)
     for number, phase in enumerate(phases(args)):
-        scenes = rows[phase.stage]
+        scenes = rows[phase.scenes]
         steps = num_steps(args, phase, len(scenes))
         if phase.name == "C":
             stage1.load_state_dict(model.state_dict())
@@ -714,19 +715,19 @@ def train(args: Args) -> dict:
 
         def score(count, pictures):
             last = count is None
-            if last and phase.name == "0":
+            if last and phase.name == "0":                     # before the checkpoint
                 model.autoencoder.measure([views[i] for i in scenes[:16] if i in views])
             bank.to_file([i for i in scenes if i in views])
             planes = None if phase.name == "0" else bank
             scores = evaluate(model, planes, views, scenes, count)
-            if last and phase.stage == "new":
-                draw(model, bank, views, scenes, pictures)
-            prefix = "" if phase.stage == "new" else "old_"
+            if last and phase.scenes == "new":
+                save_strips(model, bank, views, scenes, pictures)
+            prefix = "" if phase.scenes == "new" else "old_"
             return {prefix + name: value for name, value in scores.items()}
 
         parts = {"field": model, "stage1": stage1, "bank": bank, "optimiser": optimiser}
         for step in run.loop(parts, score, steps=steps, stage=phase.name):
-            decay = 0.05 ** (step / steps)                     # of all rates, in each phase
+            decay = 0.05 ** (step / steps)                     # of all rates, anew for each loss
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * decay
             # 1. a picture of each scene of the batch, and its rays
@@ -739,9 +740,9 @@ def train(args: Args) -> dict:
                 private = bank.read(batch.scenes).requires_grad_()             # (n, P)
                 if phase.name != "0":
                     planes = model.planes(private)
-                loss, opacity = losses(model, batch, planes, phase.weights)
-                (batch.share * loss).backward()
-                totals = batch.share * torch.stack([loss.detach(), opacity])
+                loss, opacity = total_loss(model, batch, planes, phase.weights)
+                (batch.fraction * loss).backward()
+                totals = batch.fraction * torch.stack([loss.detach(), opacity])
             # 3. what scenes share moves, by the gradients of all processes
             sum_over_ranks([totals, *(p.grad for p in trained)])
             optimiser.step()
@@ -756,12 +757,12 @@ def train(args: Args) -> dict:
 def conclude(args: Args, run: TrainingRun, family: Family, model: Model, stage1: Model, bank: Bank,
              views: dict, rows: dict) -> dict:
     """What each phase took and reached, what a scene costs, old scenes through either decoder."""
-    more = {"data": family.kind, "processes": ranks()[1]}
+    final = {"data": family.kind, "processes": ranks()[1]}
     if not model.rgb:
-        for name, which in (("old_psnr", stage1), ("old_psnr_new_decoder", model)):
-            more[name] = evaluate(which, bank, views, rows["old"][:8])["psnr"]
+        for name, net in (("old_psnr", stage1), ("old_psnr_new_decoder", model)):
+            final[name] = evaluate(net, bank, views, rows["old"][:8])["psnr"]
     if ranks()[0] > 0:
-        return more
+        return final
     (run.path / "planes.bin").unlink()                         # the checkpoint has the rows
     if args.video:
         i, poses = rows["new"][0], orbit_poses(60, 1.3, 25.0).to(args.device)
@@ -771,10 +772,10 @@ def conclude(args: Args, run: TrainingRun, family: Family, model: Model, stage1:
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     before, seconds, ends = {"step": 0, "train_seconds": 0.0}, {"old": 0.0, "new": 0.0}, {}
     for phase in phases(args):
-        steps = num_steps(args, phase, len(rows[phase.stage]))
+        steps = num_steps(args, phase, len(rows[phase.scenes]))
         line = next(line for line in lines if line["step"] == before["step"] + steps)
         took = line["train_seconds"] - before["train_seconds"]
-        seconds[phase.stage] += took
+        seconds[phase.scenes] += took
         scores = ", ".join(f"{name} {line[name]:.2f}" for name in line if name.endswith("psnr"))
         say(f"phase {phase.name}: {steps} steps of {phase.rays} rays a picture, "
             f"{1000 * took / steps:.1f} ms each: {scores}")
@@ -782,17 +783,17 @@ def conclude(args: Args, run: TrainingRun, family: Family, model: Model, stage1:
     each, shared = 4 * model.P, 4 * sum(p.numel() for p in model.parameters())
     if not model.rgb:                                          # there are two decoders
         shared += 4 * sum(p.numel() for p in model.autoencoder.decoder.parameters())
-        more["ceiling_psnr"] = ends["C"]["autoencoder_psnr"]
+        final["ceiling_psnr"] = ends["C"]["autoencoder_psnr"]
     rgb = bytes_per_scene(1, args.resolution, args.micro + args.macro)
-    more |= {"bytes_per_scene": each, "bytes_shared": shared, "seconds_shared": seconds["old"],
-             "seconds_per_scene": seconds["new"] / len(rows["new"]),
-             "break_even_scenes": break_even(shared, each, rgb)}
-    say(f"A new scene: {each / 1e3:.1f} kB and {more['seconds_per_scene']:.2f} s. Shared by all: "
+    final |= {"bytes_per_scene": each, "bytes_shared": shared, "seconds_shared": seconds["old"],
+              "seconds_per_scene": seconds["new"] / len(rows["new"]),
+              "break_even_scenes": break_even(shared, each, rgb)}
+    say(f"A new scene: {each / 1e3:.1f} kB and {final['seconds_per_scene']:.2f} s. Shared by all: "
         f"{shared / 1e3:.0f} kB and {seconds['old']:.0f} s of stage 1.")
     if not model.rgb:
         say(f"Break-even with RGB planes: {shared / 1e3:.0f} kB + N {each / 1e3:.1f} kB is less "
-            f"than N {rgb / 1e3:.1f} kB for more than N = {more['break_even_scenes']:.0f} scenes.")
-    return run.finish(**more)
+            f"than N {rgb / 1e3:.1f} kB for more than N = {final['break_even_scenes']:.0f} scenes.")
+    return run.finish(**final)
 
 
 if __name__ == "__main__":

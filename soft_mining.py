@@ -21,7 +21,7 @@ ordinary backward pass, and adds noise: Langevin Monte Carlo (LMC).
 | alpha, b, a             | --alpha, --noise, a = beta b^2 / 2 with --beta (see Walkers)         |
 | sg                      | detach: no gradient passes                                           |
 
-    python soft_mining.py --scene lego                       31.4 dB (100 px, mean of 3 seeds)
+    python soft_mining.py --scene lego                       31.3 dB (100 px, mean of 3 seeds)
     python soft_mining.py --scene lego --sampling uniform    29.7 dB
 With equally many rays a step (--ray-sampling proposal --steps 500), lego: uniform 25.9, edge 28.0,
 multinomial 26.0, lmc 28.4, lmc --no-pixel-gradient 28.5, lmc --weighting off 28.4 dB (+- 0.2).

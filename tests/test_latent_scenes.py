@@ -160,7 +160,7 @@ def test_where_the_gradient_of_each_loss_goes(name, reached):
     model, batch = model_of(box=family_of().aabb).float(), a_batch(args(), "B")
     p = (0.1 * torch.randn(2, model.P)).requires_grad_()
     planes = model.planes(p)
-    loss, opacity = ls.losses(model, batch, planes, {name: 0.5})
+    loss, opacity = ls.total_loss(model, batch, planes, {name: 0.5})
     loss.backward()
     touched = {part for part, params in parts_of(model).items()
                if any(q.grad is not None and q.grad.any() for q in params)}
@@ -177,21 +177,22 @@ def test_where_the_gradient_of_each_loss_goes(name, reached):
 
 
 def test_phases_are_the_papers_table():
-    given = args(tv=0.5, lambda_latent=0.25, lambda_ae=0.125, views=(1, 2, 3, 4, 5))
+    given = args(tv=0.5, lambda_latent=0.25, lambda_ae=0.125, epochs=(1, 2, 3, 4, 5))
     joint = {"rgb": 1, "latent": 0.25, "autoencoder": 0.125, "tv": 0.5}
     table = [("0", "old", "encoder decoder", {"autoencoder": 1}, 1, 0),
              ("A", "old", "planes shared mlp", {"latent": 1, "tv": 0.5}, 2, 16),
              ("B", "old", "planes shared mlp encoder decoder", joint, 3, 16),
              ("C", "new", "planes", {"latent": 1}, 4, 16),
              ("D", "new", "planes decoder", {"rgb": 1}, 5, 16)]
-    found = [(p.name, p.stage, p.trains, p.weights, p.views, p.rays) for p in phases(given)]
+    found = [(p.name, p.scenes, p.trains, p.weights, p.epochs, p.rays) for p in phases(given)]
     assert found == [(name, stage, frozenset(trains.split()), *rest)
                      for name, stage, trains, *rest in table]
     assert [p.name for p in phases(replace(given, autoencoder="plain"))] == ["0", "A", "C", "D"]
-    assert [p.views for p in phases(replace(given, autoencoder="plain"))] == [1, 2, 4, 5]
+    assert [p.epochs for p in phases(replace(given, autoencoder="plain"))] == [1, 2, 4, 5]
     rgb, = phases(replace(given, representation="rgb"))
-    assert (rgb.stage, rgb.trains, rgb.weights) == ("new", {"planes", "mlp"}, {"rgb": 1, "tv": 0.5})
-    assert (rgb.views, rgb.rays) == (given.views_rgb, 16)
+    assert (rgb.scenes, rgb.trains) == ("new", {"planes", "mlp"})
+    assert rgb.weights == {"rgb": 1, "tv": 0.5}
+    assert (rgb.epochs, rgb.rays) == (given.epochs_rgb, 16)
 
 
 def test_bytes_are_the_papers():
@@ -381,7 +382,7 @@ def test_rays_see_what_the_shifted_picture_shows(name, more):
         for k, scene in enumerate(scenes):
             position = batch.rays_o[k, 0, 0]
             v = int((scene.c2w[:, :, 3] - position).norm(dim=1).argmin())
-            assert v >= scene.tests                                # never a test view
+            assert v >= scene.num_tests                                # never a test view
             at = seen_at(batch.rays_o[k:k + 1], batch.rays_d[k:k + 1], scene.c2w[v:v + 1],
                          scene.K[v:v + 1])[0]
             shown = batch.target[k, :2]
@@ -410,7 +411,7 @@ def test_batches_use_all_training_views():
     given, views, used = args(shift=False), views_of(0, 1), {0: set(), 1: set()}
     for step in range(150):
         batch = ls.draw_batch(given, phase_of(given, "A"), 1, step, range(2), views, "cpu")
-        assert sorted(batch.scenes) == [0, 1] and batch.share == 1
+        assert sorted(batch.scenes) == [0, 1] and batch.fraction == 1
         for k, i in enumerate(batch.scenes):
             same = (views[i].pictures(slice(None)) == batch.x[k]).flatten(1).all(1)
             used[i].add(int(same.nonzero()[0]))
@@ -551,7 +552,7 @@ def test_what_a_phase_does_not_train_needs_no_gradient():
                  for part, params in parts_of(model).items()}
         assert needs == {part: {part in phase.trains} for part in needs}, phase.name
         rates = {len(group["params"]): group["rate"] for group in groups[2:] if group["params"]}
-        wanted = given.lr_ae if phase.stage == "old" else given.lr_finetune
+        wanted = given.lr_ae if phase.scenes == "old" else given.lr_finetune
         assert set(rates.values()) <= {wanted}
 
 
@@ -595,7 +596,7 @@ def test_pictures(run):
 
 def test_eval_only_and_resume_of_a_finished_run_say_the_same(run, monkeypatch):
     given, summary, out = run
-    monkeypatch.setattr(ls, "losses", lambda *words: pytest.fail("trains"))
+    monkeypatch.setattr(ls, "total_loss", lambda *words: pytest.fail("trains"))
     for how in ("eval_only", "resume"):
         again = ls.train(replace(given, **{how: True}))
         for name in ("psnr", "ssim", "ceiling_psnr", "old_psnr", "bytes_shared", "steps"):
@@ -641,10 +642,10 @@ def test_parts_of_a_step_add_up_to_the_whole(monkeypatch, world):
                 return None, {}
             p = own[batch.scenes].requires_grad_()
             model.zero_grad()
-            loss, _ = ls.losses(model, batch, model.planes(p), phase.weights)
-            (batch.share * loss).backward()
+            loss, _ = ls.total_loss(model, batch, model.planes(p), phase.weights)
+            (batch.fraction * loss).backward()
             found = {n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None}
-            found["loss"] = batch.share * loss.detach()
+            found["loss"] = batch.fraction * loss.detach()
             return batch, {**found, **dict(zip(batch.scenes, p.grad))}
 
         for step in range(3):
@@ -767,7 +768,7 @@ def test_cut_in_four_phases_and_resumed_ends_bit_equal(tmp_path):
 def test_it_learns(tmp_path):
     more = dict(scenes=4, new_scenes=2, batch=4, steps=1000, latent_channels=4, width=(16, 24),
                 resolution=16, micro=4, macro=4, hidden=16, lr_ae=4e-3, lr_finetune=2e-3,
-                views=(400, 60, 200, 60, 150), encode_every=2, eval_every=1000)
+                epochs=(400, 60, 200, 60, 150), encode_every=2, eval_every=1000)
     summary = ls.train(args(out=str(tmp_path / "a"), **more))
     white = [float(common.psnr(picture, torch.ones(3))) for i in (4, 5)
              for picture in family_of().read(i)[1].images]
@@ -784,7 +785,7 @@ WRONG = {
     "--size 18": "--size 18", "--size 8": "--size", "--width": "--width", "--width 8 0": "--width",
     "--scenes 0": "--scenes", "--new-scenes 200000": "lower them", "--batch 0": "--batch",
     "--micro 0 --macro 0": "--micro 0 --macro 0", "--macro -1": "--macro", "--lr nan": "--lr",
-    "--views 1 1 0 1 1": "--views", "--lambda-ae -1": "--lambda-ae", "--steps 0": "--steps",
+    "--epochs 1 1 0 1 1": "--epochs", "--lambda-ae -1": "--lambda-ae", "--steps 0": "--steps",
     "--representation hsv": "hsv", "--autoencoder 4d": "4d", "--encode-every 0": "--encode-every"}
 
 
