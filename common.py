@@ -1768,8 +1768,7 @@ class TrainingRun:
 
         parts: name -> a dict of plain values and tensors, or what has state_dict().
         evaluate(views, pictures) -> scores of so many test views (None: all); pictures: None, or
-        the folder for some. empty: advice for an empty field, whose logged `opacity` is almost 0.
-        """
+        the folder for some. empty: advice for an empty field, whose logged `opacity` is near 0."""
         if stage in self._finished:
             return
         start = self._restore(parts, stage)

@@ -21,7 +21,7 @@ backend: "reference"  x_ref, on any device and in any float type; autograd deriv
 On a GPU, gradients that are summed by atomic additions differ in the last bits from run to run; on
 a CPU they do not. Second derivatives (hash_encode's mixed ones are not 0) are in "reference" only.
 
-    python kernels.py       checks every operation on random input, then times it
+    python kernels.py       checks the operations on random input, then times them
 Without a GPU this checks the kernels too, in Triton's interpreter and on a small input. Any other
 program can run them so if TRITON_INTERPRET=1 is set before it imports this file.
 """
@@ -257,7 +257,7 @@ def _march_kernel(rays_o_ptr, rays_d_ptr, occupied_ptr, aabb_ptr, jitter_ptr, of
             tl.store(ray_indices_ptr + offs_n, offs_r[:, None], mask_n)
         count += tl.sum(mask.to(tl.int32), 1)
         start += BLOCK_S
-    if not WRITE:           # -2^40 makes the total negative, whatever the other rays add: an error
+    if not WRITE:           # -2^40 outweighs all samples of fewer than 2^23 rays: an error
         count = tl.where(too_short, -(1 << 40), count.to(tl.int64))
         tl.store(offsets_ptr + offs_r + 1, count, mask_r)
 
@@ -298,8 +298,8 @@ def march(rays_o, rays_d, occupied, aabb, step, near=0.0, far=math.inf, jitter=N
     Returns t_starts (N,), t_ends (N,), offsets (R+1,) int64, ray_indices (N,) int64. To learn N,
     the host waits for the GPU.
     budget: N is this number instead. Samples beyond it are dropped, from the last ray backwards;
-    rows behind offsets[-1] are 0 and belong to no ray. A fifth result is how many were dropped, an
-    int64 tensor. With backend "triton" the host then does not wait, and a direction that is too
+    rows behind offsets[-1] are padding (0, also as ray index). A fifth result, an int64 tensor, is
+    how many were dropped. With backend "triton" the host then does not wait, and a direction too
     short gets no samples; "reference" waits and raises as it does without a budget.
     Example: a ray along x from the left face of a box 1 wide, all occupied, step 0.4. The middles
     are 0.2, 0.6 and 1.0, and 1.0 is not before the exit: t_starts 0, 0.4.
@@ -384,7 +384,7 @@ def _exclusive_cumsum(x, REVERSE: tl.constexpr):
 def _alpha(tau):
     """1 - exp(-tau) to full relative precision. With q the ROUNDED exp(-tau), 1 - q is wrong by up
     to 3e-8, however small tau is. alpha = tau (1 - q) / (-log q) is not: this ratio varies slowly
-    near q = 1, so that the error of q does not matter."""
+    near q = 1, so the error of q does not matter, provided that log is accurate near 1."""
     q = tl.exp(-tau)
     return tl.where(q == 1, tau, tl.where(q > 0.5, _divide((q - 1) * tau, tl.log(q)), 1 - q))
 
@@ -742,7 +742,7 @@ def hash_encode(x, table, levels, backend="auto"):
     x (N, 3) in [0, 1]; outside, a position has the features of the nearest face. table (M, F) of
     x's dtype, M = levels.offsets[-1]; levels from hash_levels.
     Returns (N, L F), one level after the other. Gradient to table and x (the other lookups have
-    none to x: no method needs it). A NaN in x has gradient NaN in "torch", otherwise 0.
+    none to x: no script here needs it). A NaN in x has gradient NaN in "torch", otherwise 0.
     Example: one dense level of one cell, F = 1, table rows 0, 1, ..., 7. x = (1/2, 1/4, 1) gives
     1/2 + 2/4 + 4 = 5, and the gradient to x is (1, 2, 4).
     """
@@ -844,7 +844,7 @@ def voxel_interp(x, links, values, mask=None, backend="auto"):
     (X, Y, Z) int32, each side at least 2; values (M, F) of x's dtype, finite, as weights may be 0.
     mask (M,) bool: the rows that receive a gradient (StreamRF), None for all. This saves the
     additions into the other rows, but the whole (M, F) gradient is still cleared.
-    Returns (N, F). Gradient to values only. A row beyond values: an error on a CPU, else missing.
+    Returns (N, F). Gradient to values only. A row beyond values: an error in PyTorch, 0 in Triton.
     Example: X = Y = Z = 2, F = 1, only (0, 0, 0) present, with value 8, and (1, 0, 0), with 16.
     x = (1/2, 0, 1/2) gives 8/4 + 16/4 = 6.
     """
@@ -1013,7 +1013,7 @@ def _eight_corners(part, factor, dense=True):
 
 
 class _HashTorch(torch.autograd.Function):
-    """Level by level, so that a level's rows and temporaries stay in the L2 cache."""
+    """Level by level, so that few temporaries are alive at a time."""
     @staticmethod
     def forward(ctx, x, table, levels):
         table = table.contiguous()
