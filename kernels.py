@@ -741,8 +741,8 @@ def hash_encode(x, table, levels, backend="auto"):
 
     x (N, 3) in [0, 1]; outside, a position has the features of the nearest face. table (M, F) of
     x's dtype, M = levels.offsets[-1]; levels from hash_levels.
-    Returns (N, L F), one level after the other. Gradient to table and x (the other lookups have
-    none to x: no script here needs it). A NaN in x has gradient NaN in "torch", otherwise 0.
+    Returns (N, L F), one level after the other. Gradient to table and x (the other lookups give x
+    none: no script needs it). A NaN in x makes features and gradient to finite coordinates NaN.
     Example: one dense level of one cell, F = 1, table rows 0, 1, ..., 7. x = (1/2, 1/4, 1) gives
     1/2 + 2/4 + 4 = 5, and the gradient to x is (1, 2, 4).
     """
