@@ -1739,7 +1739,7 @@ class TrainingRun:
             then = before.get(name, "not set")
             require(then == now, f"{self.path}: of another run: {name} was {then}, now {now}: give "
                                  "the same, or another --out")
-        steps, now = before["steps"], self.flags.steps
+        now = self.flags.steps
         require(steps == now or steps < now and not self._finished,
                 f"{self.path}: of another run: steps was {steps}, now {now}: give no less")
         same = saved["cameras"].shape == self._cameras.shape and torch.allclose(
