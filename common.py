@@ -160,8 +160,7 @@ def one_line_errors(parse: Callable, main: Callable) -> None:
             error = error.__context__
         if isinstance(error, OSError):
             where = error.filename or getattr(args, "out", None) or "output"
-            line = f"error: {where}: {error.strerror or error}: free some space, or choose another"
-            line += " --out; the last checkpoint is kept"
+            line = f"error: {where}: {error.strerror or error}: free space, or use another --out"
         elif not re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(error)):
             raise
     finally:
@@ -185,8 +184,7 @@ def pixel_rays(xy: Tensor, K: Tensor, c2w: Tensor) -> tuple[Tensor, Tensor]:
 
     xy (R, 2): x to the right, y down, in pixels. K (3, 3) or (R, 3, 3), c2w (R, 3, 4).
     -> rays_o (R, 3), rays_d (R, 3) unit. Differentiable in xy, K and c2w.
-    Example: the middle of the image, (cx, cy), looks along minus the third column of c2w.
-    """
+    Example: the middle of the image, (cx, cy), looks along minus the third column of c2w."""
     x = (xy[:, 0] - K[..., 0, 2]) / K[..., 0, 0]
     y = (xy[:, 1] - K[..., 1, 2]) / K[..., 1, 1]
     d = torch.stack([x, -y, -torch.ones_like(x)], -1)           # (R, 3) in the camera's axes
@@ -194,21 +192,19 @@ def pixel_rays(xy: Tensor, K: Tensor, c2w: Tensor) -> tuple[Tensor, Tensor]:
     return c2w[..., 3].expand_as(d), F.normalize(d, dim=-1)
 
 
-def ndc_rays(rays_o: Tensor, rays_d: Tensor, K: Tensor, H: int, W: int, near: float = 1.0
-             ) -> tuple[Tensor, Tensor]:
+def ndc_rays(rays_o: Tensor, rays_d: Tensor, K: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Rays of a forward-facing scene in normalised device coordinates (NeRF, appendix C).
 
-    A point (x, y, z), z < 0, goes to (-2fx/W x/z, -2fy/H y/z, 1 + 2 near/z): the plane z = -near
+    A point (x, y, z), z < 0, goes to (-2fx/W x/z, -2fy/H y/z, 1 + 2/z): the near plane z = -1
     becomes -1, infinity becomes +1, and straight lines stay straight. Origins are first moved onto
     the near plane; directions come back normalised, so t measures distance in NDC and a ray ends
     where it leaves the box at z = 1. rays_o, rays_d (R, 3), K (3, 3), one for all views of a scene
-    -> (R, 3), (R, 3) unit.
-    """
-    rays_o = rays_o - ((near + rays_o[:, 2]) / rays_d[:, 2])[:, None] * rays_d
+    -> (R, 3), (R, 3) unit."""
+    rays_o = rays_o - ((1 + rays_o[:, 2]) / rays_d[:, 2])[:, None] * rays_d
     ax, ay = -2 * K[..., 0, 0] / W, -2 * K[..., 1, 1] / H
     (ox, oy, oz), (dx, dy, dz) = rays_o.unbind(-1), rays_d.unbind(-1)
-    o = torch.stack([ax * ox / oz, ay * oy / oz, 1 + 2 * near / oz], -1)
-    d = torch.stack([ax * (dx / dz - ox / oz), ay * (dy / dz - oy / oz), -2 * near / oz], -1)
+    o = torch.stack([ax * ox / oz, ay * oy / oz, 1 + 2 / oz], -1)
+    d = torch.stack([ax * (dx / dz - ox / oz), ay * (dy / dz - oy / oz), -2 / oz], -1)
     return o, F.normalize(d, dim=-1)
 
 
@@ -254,20 +250,18 @@ class Scene:
     ndc: bool
 
 
-def to_ndc(views: Views, rays_o: Tensor, rays_d: Tensor) -> tuple[Tensor, Tensor]:
-    """ndc_rays with one K for all views: each focal length would make a space of its own."""
-    K = views.K[0] if views.ndc_K is None else views.ndc_K
-    return ndc_rays(rays_o, rays_d, K, *views.images.shape[1:3])
-
-
 def camera_rays(views: Views, view: Tensor, xy: Tensor, ndc: bool) -> tuple[Tensor, Tensor]:
-    """rays_o, rays_d (R, 3) of pixels xy (R, 2) in images view (R,), in NDC where `ndc` is set."""
+    """rays_o, rays_d (R, 3) of pixels xy (R, 2) in images view (R,). NDC have one K for all views:
+    each focal length would make a space of its own."""
     rays = pixel_rays(xy, views.K[view], views.c2w[view])
-    return to_ndc(views, *rays) if ndc else rays
+    if not ndc:
+        return rays
+    K = views.K[0] if views.ndc_K is None else views.ndc_K
+    return ndc_rays(*rays, K, *views.images.shape[1:3])
 
 
 def view_rays(views: Views, v: int, ndc: bool) -> tuple[Tensor, Tensor]:
-    """All rays of view v, row by row: rays_o, rays_d (H*W, 3), in NDC where `ndc` is set."""
+    """All rays of view v, row by row: rays_o, rays_d (H*W, 3)."""
     xy = pixel_grid(*views.images.shape[1:3], views.c2w.device)
     return camera_rays(views, torch.full((len(xy),), v, device=xy.device), xy, ndc)
 
@@ -277,8 +271,7 @@ def random_background(target: Tensor, alpha: Tensor | None, bg: Tensor) -> tuple
 
     A field that sees one background only can use it as paint, where it stays transparent. target
     (R, 3) is composited onto bg (3,) with alpha (R,). Photographs have no alpha (None): behind each
-    ray stands the target of another ray, with less noise than uniform colours would bring.
-    """
+    ray stands the target of another ray, with less noise than uniform colours would bring."""
     if alpha is None:
         return target, target[torch.randperm(len(target), device=target.device)]
     other = torch.rand_like(target)
@@ -289,9 +282,8 @@ def random_background(target: Tensor, alpha: Tensor | None, bg: Tensor) -> tuple
 def check_colours(rgbs: Tensor, weights: Tensor, target: Tensor) -> None:
     """A note if samples (rgbs (N, 3), weights (N,)) show saturated channels (0 or 1), pictures
     (R, 3) few: with white behind it, a dark red is then black that lets some white through."""
-    saturated = ((rgbs - 0.5).abs() > 0.5 - 1 / 255).float().mean(1)
-    found = float((weights * saturated).sum() / weights.sum().clamp(min=1e-12))
-    wanted = float(((target - 0.5).abs() > 0.5 - 1 / 255).float().mean())
+    shown, wanted = (((x - 0.5).abs() > 0.5 - 1 / 255).float().mean(1) for x in (rgbs, target))
+    found, wanted = float((weights * shown).sum() / weights.sum()), float(wanted.mean())
     if found > wanted + 0.3:
         note(f"{found:.0%} of the visible colours are saturated, {wanted:.0%} in the pictures: "
              "the field uses the background as paint: use --train-background random")
@@ -401,8 +393,6 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------- pictures read from disk
-
 @lru_cache(maxsize=8)
 def area_weights(n_in: int, n_out: int) -> np.ndarray:
     """(n_out, n_in): the share of output cell i, [i, i+1) n_in / n_out, that cell j covers."""
@@ -445,8 +435,7 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGBA")) / np.float32(255)
 
 
-def read_images(paths: list[Path], size: int | None, bg: Tensor
-                ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+def read_images(paths: list[Path], size: int | None, bg: Tensor) -> tuple:
     """Read, shrink, composite onto bg: images (V, h, w, 3), alpha (V, h, w) or None, files' (H, W).
     Multiplying by alpha before the average keeps the colour of transparent pixels out of edges."""
     H, W = read_image(paths[0]).shape[:2]
@@ -487,8 +476,7 @@ def load_blender(path: Path, size: int | None, bg: Tensor) -> Views:
     """The views of one transforms file: what Blender, instant-ngp and nerfstudio write.
 
     {"camera_angle_x": 0.69, "frames": [{"file_path": "./train/r_0", "transform_matrix": [[...]]}]}
-    What a frame states overrides the top. c2w is 3x4 or 4x4 with OpenGL axes.
-    """
+    What a frame states overrides the top. c2w is 3x4 or 4x4 with OpenGL axes."""
     top, frames, names, c2w = read_json(path), [], [], []
     with reading(path):
         for frame in top.pop("frames"):
@@ -514,12 +502,10 @@ def frame_K(stated: dict, W: int, H: int, path: Path) -> np.ndarray:
     """(3, 3) for pixels of a picture W x H.
 
     fl_x, fl_y in pixels of w x h, or 0.5 w / tan(camera_angle_x / 2), the same with h and y; one
-    alone is both. Where nothing else is stated, cx, cy are the middle, w, h the picture's.
-    """
+    alone is both. Where nothing else is stated, cx, cy are the middle, w, h the picture's."""
     model = str(stated.get("camera_model", "OPENCV")).upper()
     require(model in PINHOLE and not any(stated.get(name) for name in REFUSED),
-            f"{path}: lens distortion or masks ({model}, {', '.join(REFUSED)}): undistort the "
-            "pictures, make masks their alpha")
+            f"{path}: {model} or lens distortion: undistort pictures; mask_path: make it alpha")
     with reading(path, "state camera_angle_x (radians) or fl_x (pixels) on top or in each frame"):
         w, h = float(stated.get("w", W)), float(stated.get("h", H))
         angle_x, angle_y = (float(stated.get(f"camera_angle_{a}", math.nan)) for a in "xy")
@@ -539,8 +525,8 @@ def fit_K(K: np.ndarray, W: int, H: int, images: Tensor, path: Path) -> Tensor:
     near the border: they speak of larger pictures."""
     for cx, cy in K[:, :2, 2]:
         require(0.25 < cx / W < 0.75 and 0.25 < cy / H < 0.75,
-                f"{path}: principal point ({cx:.4g}, {cy:.4g}) in pictures of {W}x{H}: the "
-                f"intrinsics seem to speak of {2 * cx:.0f}x{2 * cy:.0f}: use pictures of that size")
+                f"{path}: principal point ({cx:.4g}, {cy:.4g}) in pictures of {W}x{H}: it seems "
+                f"to speak of {2 * cx:.0f}x{2 * cy:.0f}: use pictures of that size")
     return scale_K(torch.from_numpy(K).float(), images.shape[2] / W, images.shape[1] / H)
 
 
@@ -568,8 +554,6 @@ def load_splits(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, View
     return train, test
 
 
-# ------------------------------------------------------------- a world of any scale and place
-
 def focus(c2w: Tensor) -> Tensor:
     """The point nearest to the axes o_v + t d_v of cameras (V, 3, 4), x = (sum A_v)^-1 sum A_v o_v
     with A_v = I - d_v d_v^T: (3,), float64; NaN where they are parallel to 2 degrees."""
@@ -580,14 +564,12 @@ def focus(c2w: Tensor) -> Tensor:
     return torch.linalg.solve(A.sum(0), (A @ o).sum(0))[:, 0]
 
 
-def fit_world(train: Views, test: Views, where, normalise: bool
-              ) -> tuple[Views, Views, float, float]:
-    """The views in a world whose box is OBJECT_BOX, and near and far for it.
+def fit_world(train: Views, test: Views, where, normalise: bool) -> tuple:
+    """(train, test, near, far) in a world whose box is OBJECT_BOX.
 
     If each axis o + t d is in the ball of radius 1.5 between 2 and 6, as in the synthetic sets,
     nothing changes. Else their focus becomes the origin, and the nearest camera comes to
-    2.902 fx / W (the box fills its picture, as there), or 2.7, outside.
-    """
+    2.902 fx / W (the box fills its picture, as there), or 2.7, outside."""
     o, d = train.c2w[:, :, 3].double(), -train.c2w[:, :, 2].double()
     middle = -(o * d).sum(-1)                                       # t nearest to the origin
     half = (1.5 ** 2 - (o + middle[:, None] * d).square().sum(-1)).clamp(min=0).sqrt()
@@ -596,9 +578,8 @@ def fit_world(train: Views, test: Views, where, normalise: bool
         return train, test, 2.0, 6.0
     centre = focus(train.c2w)
     ahead = ((centre - o) * d).sum(-1).median() > 0
-    require(ahead and centre.isfinite().all(), f"{where}: the cameras do not look at one place: "
-            "use views from several sides and OpenGL axes (of OpenCV's negate columns 2, 3 of each "
-            "matrix), or --no-normalise")
+    require(ahead and centre.isfinite().all(), f"{where}: cameras do not look at one place: use "
+            "OpenGL axes (OpenCV's: negate columns 2, 3), views all around, or --no-normalise")
     distance = (o - centre).norm(dim=-1)
     nearest = max(2.7, 2.902 * float(train.K[:, 0, 0].min()) / train.images.shape[2])
     scale = nearest / float(distance.min())
@@ -621,31 +602,29 @@ def load_llff(folder: Path, size: int | None, bg: Tensor) -> Views:
     """All views of a forward-facing scene: poses_bounds.npy, and of the folders images_K/ the one
     with the smallest pictures whose longer side reaches `size`."""
     path = folder / "poses_bounds.npy"
-    c2w, hwf = llff_poses(path)
+    c2w, K, sizes = llff_poses(path)
     lists = [image_files(sub) for sub in sorted(folder.glob("images*"))]
     by_side = {max(read_image(files[0]).shape[:2]): files for files in lists if files}
     require(by_side, f"{folder}: no images/ or images_K/ with PNG or JPG files in it")
     files = by_side[min((n for n in by_side if n >= (size or 0)), default=max(by_side))]
     check_count(files[0].parent, len(files), "images", len(c2w), f"poses in {path.name}")
     images, alpha, (H, W) = read_images(files, size, bg)
-    K = [scale_K(_intrinsics(f / w, f / h, 0.5, 0.5), images.shape[2], images.shape[1])
-         for h, w, f in hwf]
-    check_shapes([(w, h) for h, w, _ in hwf], W, H, path)
-    corner = np.arctan(np.hypot(hwf[:, 0], hwf[:, 1]) / 2 / hwf[:, 2])
-    require((np.arccos(c2w[:, 2, 2].numpy().clip(-1, 1)) + corner).max() < 1.4,
-            f"{path}: rays leave by more than 80 degrees from the mean camera, which is not "
-            "forward-facing: write a transforms.json instead")
+    check_shapes(sizes, W, H, path)
+    corner = torch.atan((0.5 / K[:, 0, 0]).hypot(0.5 / K[:, 1, 1]))
+    require((torch.acos(c2w[:, 2, 2].clamp(-1, 1)) + corner).max() < 1.4,
+            f"{path}: not forward-facing (rays beyond 80 degrees): write a transforms.json")
+    K = scale_K(K, images.shape[2], images.shape[1])
     names = [f"{file.parent.name}/{file.name}" for file in files]
-    return Views(images, c2w, torch.stack(K), alpha, None, names, ndc_K=K[0])
+    return Views(images, c2w, K, alpha, None, names, ndc_K=K[0])
 
 
-def llff_poses(path: Path) -> tuple[Tensor, np.ndarray]:
-    """Cameras of poses_bounds.npy: c2w (N, 3, 4); H, W, focal (N, 3) of full-size pictures.
+def llff_poses(path: Path) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Cameras of poses_bounds.npy: c2w (V, 3, 4), K (V, 3, 3) of pictures 1 wide and 1 high, and
+    the sizes (w, h) that it speaks of.
 
     A row: 3x5 matrix [down | right | back | position | (H, W, focal)], nearest and farthest depth.
     As in NeRF, the mean camera becomes the identity and the nearest depth 1/0.75: the near plane
-    of NDC, at 1, lies safely before all content.
-    """
+    of NDC, at 1, lies safely before all content."""
     with reading(path):
         rows = np.load(path)
         rows = finite(rows, (len(rows), 17), path, "the array")
@@ -659,7 +638,8 @@ def llff_poses(path: Path) -> tuple[Tensor, np.ndarray]:
     middle = c2w[:, :, 3].mean(0)
     mean = look_at(middle, middle - back.sum(0), -down.sum(0))
     c2w[:, :, 3] -= middle
-    return torch.from_numpy(mean[:, :3].T @ c2w).float(), hwf
+    K = torch.stack([_intrinsics(f / w, f / h, 0.5, 0.5) for h, w, f in hwf])
+    return torch.from_numpy(mean[:, :3].T @ c2w).float(), K, hwf[:, 1::-1]
 
 
 def look_at(position, target, up=(0, 0, 1)) -> np.ndarray:
@@ -688,10 +668,9 @@ def load_dtu(folder: Path, size: int | None, bg: Tensor) -> Views:
     check_count(folder / "image", len(files), "PNG or JPG files", n, f"cameras in {path.name}")
     check_count(folder / "mask", len(masks or files), "PNG or JPG files", n, "pictures")
     s = scale[0, 0, 0]
-    expected = np.diag([s, s, s, 1])
-    expected[:3, 3] = scale[0, :3, 3]
-    require(s > 0 and np.allclose(scale, expected, atol=1e-6 * s), f"{path}: scale_mat_i must be "
-            f"[s I, c; 0, 1], one s > 0 and one c for all views: {AGAIN}")
+    even = np.allclose(scale[0, :3, :3], s * np.eye(3), atol=1e-6 * s)
+    require(s > 0 and even and np.allclose(scale, scale[0], atol=1e-6 * s),
+            f"{path}: scale_mat_i must be [s I, c; 0, 1], one s > 0 and one c for all: {AGAIN}")
     K, c2w = split_projections((world @ scale)[:, :3], path)
     images, _, (H, W) = read_images(files + masks, size, bg)        # all must have one size
     K = fit_K(K, W, H, images, path)
@@ -704,11 +683,9 @@ def split_projections(P: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray
 
     The inverse of P[:, :3] = (m K) R is R^T times an upper triangle, which is what QR finds; m > 0
     where its determinant is. Skew below 1e-3 fx is dropped. DTU's pixel centres start at 0, ours at
-    0.5.
-    """
-    good = np.linalg.cond(P[:, :, :3]) < 1e8
-    require(good.all(), f"{path}: world_mat_{good.argmin()} is singular, which no camera is")
-    inverse = np.linalg.inv(P[:, :, :3])
+    0.5."""
+    with reading(path):
+        inverse = np.linalg.inv(P[:, :, :3])
     position = -inverse @ P[:, :, 3:]                               # the same for P and -P
     q, u = np.linalg.qr(inverse * np.sign(np.linalg.det(inverse))[:, None, None])
     sign = np.sign(np.diagonal(u, axis1=1, axis2=2))                # K's diagonal is positive
@@ -800,7 +777,6 @@ def trace(shapes: list[Shape], c2w, focal: float, n: int) -> tuple[np.ndarray, .
 def render(shapes: list[Shape], cameras: dict, focal: float, size: int, bg: Tensor):
     """-> Views, and indices of the shapes at pixels' centres (V, size, size), -1 = none. cameras:
     name -> c2w; focal: in sides. Colour, alpha: means over 3x3 rays; depth: of the middle one."""
-    require(size >= 1, f"--size {size} must be at least 1 pixel")
     poses, parts = np.float32([*cameras.values()]), []
     for c2w in poses:
         colour, distance, index = trace(shapes, c2w, focal, 3 * size)
@@ -903,7 +879,6 @@ def load_stage(size: int | None, frames: int | None, bg: Tensor) -> "Video":
     size, frames = 128 if size is None else size, 20 if frames is None else frames
 
     def read(t):
-        require(0 <= t < frames, f"stage: frame {t} does not exist: it has 0 to {frames - 1}")
         before, seen_before = stage_frame(max(t - 1, 0), size)
         views, seen = stage_frame(t, size)
         mask = (views.images - before.images).abs().amax(-1) > 1e-4
@@ -961,10 +936,49 @@ def load_car(seed: int, size: int, bg: Tensor, above: bool) -> Views:
 
 # ------------------------------------------------------------------------------- scene look-up
 
-BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
-LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 SCENE_FILES = {"poses_bounds.npy": "llff", "cameras.npz": "dtu", "cameras_sphere.npz": "dtu",
                "transforms*.json": "blender"}
+BUILTIN = {"scene": "bricks", "video": "stage", "family": "cars"}
+KNOWN = {                       # folder under --data: what is in it, and the names that it may have
+    "nerf_synthetic": ("scene", "chair drums ficus hotdog lego materials mic ship"),
+    "nerf_llff_data": ("scene", "fern flower fortress horns leaves orchids room trex"),
+    "dtu": ("scene", ""),
+    "n3dv": ("video", "coffee_martini cook_spinach cut_roasted_beef flame_salmon_1 flame_steak "
+                      "sear_steak"),
+    "meetroom": ("video", "discussion trimming vrheadset"),
+    "panoptic_sports": ("video", "basketball boxes football juggle softball tennis"),
+    "srn_cars": ("family", "srn_cars cars_train cars_val cars_test")}
+
+
+def find_dataset(what: str, name: str, data: Path, recognise: Callable, files: str) -> Path | None:
+    """The folder of a "scene", "video" or "family": `name` is its path, or its name in `data` or in
+    a folder of KNOWN there. None: take the built-in one, which is meant, or (said on stderr) stands
+    in for a known one that is not on disk. recognise(folder): is it one? files: by what, in words.
+    """
+    builtin = BUILTIN[what]
+    if name == builtin:
+        return None
+    known = {sub: names.split() for sub, (kind, names) in KNOWN.items() if kind == what}
+    places = [Path(name), data / name, *(data / sub / name for sub in known)] if name else []
+    folders = [place for place in places if place.is_dir()]
+    for folder in folders:
+        if recognise(folder):
+            return folder
+    require(not folders, f"{', '.join(map(str, folders))}: no {files} in it: not a {what}")
+    for sub, names in known.items():
+        if name in names:
+            how = f"put it in {data / sub}"
+            if sub == "nerf_synthetic":
+                how = f"python common.py download {name}"
+            print(f"\n!!! '{name}' is not under {data}: USING THE BUILT-IN SCENE '{builtin}' "
+                  f"INSTEAD.\n!!! Numbers of this run are not numbers for {name}.\n"
+                  f"!!! For the real one: {how}\n", file=sys.stderr)
+            return None
+    there = [f for pattern in ("*", "*/*") for f in sorted(data.glob(pattern)) if f.is_dir()]
+    listed = [f.relative_to(data).as_posix() for f in there if recognise(f)]
+    raise UserError(f"{what} {name!r} not found: under {data} there is "
+                    f"{', '.join(listed) or 'no ' + what}; built in: {builtin}; "
+                    "give a path, --data, or one of these names")
 
 
 def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
@@ -972,13 +986,8 @@ def load_scene(name: str, data: str | Path, size: int | None = None, bg="white",
     """Find and load a scene: "bricks" (built in, and in place of a known one that is not on disk:
     see scene.kind), or as find_dataset says. size: longer image side in pixels, None = as on disk.
     normalise: see fit_world."""
-    data, bg = Path(data), background(bg)
-    known = dict.fromkeys(BLENDER_SCENES, f"python common.py download {name}")
-    known |= dict.fromkeys(LLFF_SCENES, f"put it at {data / 'nerf_llff_data' / name}")
-    folder = None if name == "bricks" else find_dataset(
-        "scene", name, data, ("nerf_synthetic", "nerf_llff_data", "dtu"),
-        lambda place: place if scene_kind(place) else None, " or ".join(SCENE_FILES), known,
-        "bricks")
+    bg = background(bg)
+    folder = find_dataset("scene", name, Path(data), scene_kind, " or ".join(SCENE_FILES))
     if folder is None:
         train, test = load_bricks("train", size, bg), load_bricks("test", size, bg)
         return Scene("bricks", "builtin", train, test, OBJECT_BOX, 2.0, 6.0, bg, False)
@@ -1002,46 +1011,12 @@ def scene_kind(folder: Path) -> str | None:
     return next((SCENE_FILES[name] for name in SCENE_FILES if any(folder.glob(name))), None)
 
 
-def background(colour) -> Tensor:
-    """"white" | "black" | "grey" | three numbers in [0, 1] -> (3,)."""
-    if not isinstance(colour, str):
-        return torch.tensor(colour, dtype=torch.float32)
-    shades = {"white": 1.0, "black": 0.0, "grey": 0.5}
-    require(colour in shades, f"background {colour!r}: use white, black or grey")
-    return torch.full((3,), shades[colour])
-
-
-def find_dataset(what: str, name: str, data: Path, subfolders, recognise: Callable, files: str,
-                 known: dict[str, str], builtin: str) -> Path | None:
-    """The folder of data set `name`, a path or a name under `data` or data/SUBFOLDER; None: a known
-    one that is not on disk (said on stderr). what: "scene" | "video" | "family". recognise(folder)
-    -> the folder to load (itself or one in it) or None; files: what it looks for, in words.
-    known: name -> how to get it; builtin: the built-in one that stands in."""
-    places = [Path(name), data / name, *(data / sub / name for sub in subfolders)] if name else []
-    folders = [place for place in places if place.is_dir()]
-    found = list(filter(None, map(recognise, folders)))
-    if found:
-        return found[0]
-    require(not folders, f"{', '.join(map(str, folders))}: no {files} in it: not a {what}")
-    if name in known:
-        print(f"\n!!! '{name}' is not under {data}: USING THE BUILT-IN SCENE '{builtin}' INSTEAD.\n"
-              f"!!! Numbers of this run are not numbers for {name}.\n"
-              f"!!! For the real one: {known[name]}\n", file=sys.stderr)
-        return None
-    there = [f for pattern in ("*", "*/*") for f in sorted(data.glob(pattern)) if f.is_dir()]
-    listed = [f.relative_to(data).as_posix() for f in there if recognise(f) == f]
-    raise UserError(f"{what} {name!r} not found: under {data} there is "
-                    f"{', '.join(listed) or 'no ' + what}; built in: {builtin}; "
-                    "give a path, --data, or one of these names")
+def background(colour: str) -> Tensor:
+    """(3,) of one of the names of --background."""
+    return torch.full((3,), {"white": 1.0, "black": 0.0, "grey": 0.5}[colour])
 
 
 # ------------------------------------------------------------------------------------ video scenes
-
-VIDEO_SCENES = {
-    "n3dv": "coffee_martini cook_spinach cut_roasted_beef flame_salmon_1 flame_steak sear_steak",
-    "meetroom": "discussion trimming vrheadset",
-    "panoptic_sports": "basketball boxes football juggle softball tennis"}
-
 
 @dataclass
 class Video:
@@ -1070,13 +1045,8 @@ def load_video(name: str, data: str | Path, size: int | None = None, frames: int
     """Find a video (see find_dataset) and its cameras; video.read(t) reads frame t. size: longer
     image side in pixels, None = as on disk. frames: the first so many, None = all."""
     bg = background(bg)
-    require(frames is None or frames >= 1, f"--frames {frames} must be at least 1")
-    known = {video: f"put it at {Path(data) / sub / video}" for sub in VIDEO_SCENES
-             for video in VIDEO_SCENES[sub].split()}
-    folder = None if name == "stage" else find_dataset(
-        "video", name, Path(data), VIDEO_SCENES,
-        lambda place: place if video_files(place) else None,
-        "camNN.mp4, 0000/images or train_meta.json", known, "stage")
+    folder = find_dataset("video", name, Path(data), video_files,
+                          "camNN.mp4, 0000/images or train_meta.json")
     return load_stage(size, frames, bg) if folder is None else load_filmed(folder, size, frames, bg)
 
 
@@ -1093,18 +1063,16 @@ def n3dv_cameras(folder: Path, frames: int | None) -> tuple:
     them; poses_bounds.npy, there or in 0000/, has a row a camera. In NDC; camera 0 is held out.
 
     -> pictures files[t][v] or films files[0][v]; names; cameras held out; c2w (V, 3, 4); K of
-    pictures 1 wide and 1 high; sizes (w, h) that the cameras' file speaks of; aabb; near.
-    """
+    pictures 1 wide and 1 high; sizes (w, h) that the cameras' file speaks of; aabb; near."""
     files, path = [video_files(folder)], folder / "poses_bounds.npy"
     if files[0][0].is_dir():
         path = path if path.is_file() else files[0][0] / path.name
         files = [image_files(frame / "images") for frame in files[0][:frames]]
-    c2w, hwf = llff_poses(path)
+    c2w, K, sizes = llff_poses(path)
     require(len(c2w) > 1, f"{path}: one camera only: it is held out, none is left to train on")
     for t, row in enumerate(files):
         check_count(f"{folder}: frame {t}", len(row), "cameras", len(c2w), f"rows in {path.name}")
-    K = torch.stack([_intrinsics(f / W, f / H, 0.5, 0.5) for H, W, f in hwf])
-    return files, [file.stem for file in files[0]], [0], c2w, K, hwf[:, 1::-1], NDC_BOX, 0.0
+    return files, [file.stem for file in files[0]], [0], c2w, K, sizes, NDC_BOX, 0.0
 
 
 def panoptic_cameras(folder: Path, frames: int | None) -> tuple:
@@ -1112,8 +1080,7 @@ def panoptic_cameras(folder: Path, frames: int | None) -> tuple:
 
     Its world: metres, y down, the floor at y = 0. The cameras stand on the wall of a dome, a sphere
     of radius 2.75 about (0, -1.355, 0), and see the wall behind the players, so the box holds it.
-    Our world: (x, z, -y - 2.1) / 3, z up: the box is 6 m wide, from 0.15 m below the floor.
-    """
+    Our world: (x, z, -y - 2.1) / 3, z up: the box is 6 m wide, from 0.15 m below the floor."""
     splits = []
     for path in (folder / "train_meta.json", folder / "test_meta.json"):
         meta = read_json(path)
@@ -1158,15 +1125,14 @@ def load_filmed(folder: Path, size: int | None, frames: int | None, bg: Tensor) 
     K = scale_K(K, W, H)
 
     def read(t):
-        require(0 <= t < count, f"{folder}: frame {t} does not exist: it has 0 to {count - 1}")
         images = pictures(t)
         require(images.shape[1:3] == (H, W), f"{folder}: frame {t} has another size: {AGAIN}")
         return Views(images, c2w, K, None, None, names)
 
-    train, far = [v for v in range(len(names)) if v not in test], float((aabb[1] - aabb[0]).norm())
+    train = [v for v in range(len(names)) if v not in test]
     return Video(folder.resolve().name, "panoptic" if panoptic else "n3dv", count,
                  metas[0]["fps"] if films else 30.0, c2w, K, H, W, names, train, test, aabb, near,
-                 far, bg, not panoptic, read)
+                 float((aabb[1] - aabb[0]).norm()), bg, not panoptic, read)
 
 
 def frame_reader(films: list[Path], files: list[list[Path]], size: int | None, bg: Tensor):
@@ -1205,17 +1171,15 @@ class Family:
     kind: str               # "builtin" | "srn"
     scenes: list[Path] | range      # folders, sorted by name; built in: seeds
     size: int               # image side in pixels; pictures are square
-    near: float             # rays start and end here
-    far: float
-    aabb: Tensor            # (2, 3) the box that holds every scene
     bg: Tensor              # (3,)
     above: bool             # only views from cameras with z > -0.5
+    near: float = 0.5       # rays start and end here; cameras stand 1.3 from the middle
+    far: float = 2.1
+    aabb: Tensor = OBJECT_BOX / 3       # the box that holds every scene
 
     def read(self, i: int) -> tuple[Views, Views]:
         """Training and test views of scene i, by name. The first 10 of 12 or more views are held
         out for testing, of fewer a third, at least one."""
-        require(0 <= i < len(self.scenes), f"{self.name}: scene {i} does not exist: it has "
-                f"{len(self.scenes)}, numbers 0 to {len(self.scenes) - 1}")
         load = load_car if self.kind == "builtin" else load_srn
         views = load(self.scenes[i], self.size, self.bg, self.above)
         n = len(views.names)
@@ -1224,26 +1188,23 @@ class Family:
 
 
 def load_family(name: str, data: str | Path, size: int, bg="white", above: bool = True) -> Family:
-    """Find a family of scenes (see find_dataset); family.read(i) reads one. above: leave out views
-    from far below. Cameras stand 1.3 from the middle of [-0.5, 0.5]^3."""
-    require(size >= 1, f"--size {size} must be at least 1 pixel")
-    aabb = torch.tensor([[-0.5] * 3, [0.5] * 3])
-    cars = Family("cars", "builtin", range(100_000), size, 0.5, 2.1, aabb, background(bg), above)
-    how = f"unpack cars_train.zip of Scene Representation Networks in {Path(data) / 'srn_cars'}"
-    folder = None if name == "cars" else find_dataset(
-        "family", name, Path(data), ("srn_cars",),
-        lambda place: next((f for f in (place, place / "cars_train") if srn_scenes(f)), None),
-        "folders with rgb/, pose/ and intrinsics.txt",
-        dict.fromkeys(("srn_cars", "cars_train", "cars_val", "cars_test"), how), "cars")
+    """Find a family of scenes (see find_dataset); family.read(i) reads one."""
+    folder = find_dataset("family", name, Path(data), srn_scenes,
+                          "folders with rgb/, pose/ and intrinsics.txt")
     if folder is None:
-        return cars
-    return replace(cars, name=folder.resolve().name, kind="srn", scenes=srn_scenes(folder))
+        return Family("cars", "builtin", range(100_000), size, background(bg), above)
+    scenes = srn_scenes(folder)
+    return Family(scenes[0].parent.resolve().name, "srn", scenes, size, background(bg), above)
 
 
 def srn_scenes(folder: Path) -> list[Path]:
-    """All folders in it, by name, if one of them is a scene: a broken one keeps its number."""
-    found = sorted(f for f in folder.glob("[!._]*") if f.is_dir())
-    return found if any((f / "intrinsics.txt").is_file() for f in found) else []
+    """All folders in it or in cars_train/, by name, if one of them is a scene: a broken one keeps
+    its number."""
+    for place in (folder, folder / "cars_train"):
+        found = sorted(f for f in place.glob("[!._]*") if f.is_dir())
+        if any((f / "intrinsics.txt").is_file() for f in found):
+            return found
+    return []
 
 
 def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
@@ -1251,8 +1212,7 @@ def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
 
     A pose is a 4x4 camera to world with OpenCV axes. intrinsics.txt begins with `f cx cy` and ends
     with `H W`, the size that these speak of (usually 512 beside pictures of 128). Only squares are
-    read. The original pictures have an alpha of 1 everywhere, which becomes None.
-    """
+    read. The original pictures have an alpha of 1 everywhere, which becomes None."""
     files, poses = image_files(folder / "rgb"), list((folder / "pose").glob("[!.]*.txt"))
     check_count(folder, len(files), "pictures", len(poses), "poses")
     used, c2w = [], []
@@ -1267,9 +1227,8 @@ def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
     require(len(used) > 1, f"{folder}: {len(used)} of {len(files)} views are used, two are needed")
     path = folder / "intrinsics.txt"
     with reading(path):
-        lines = path.read_text(encoding="utf-8-sig").strip().splitlines()
-        words = lines[0].split()[:3] + lines[-1].split()
-    f, cx, cy, H, W = finite(words, (5,), path, "f cx cy, and H W in the last line,").tolist()
+        words = path.read_text(encoding="utf-8-sig").split()
+    f, cx, cy, H, W = finite(words[:3] + words[-2:], (5,), path, "f cx cy, ..., H W").tolist()
     images, alpha, (rows, columns) = read_images(used, size, bg)
     require(min(f, H) > 0 and H == W and rows == columns, f"{path}: f, H and W must be positive, "
             f"and H = W; pictures must be square, not {columns}x{rows}")
@@ -1278,7 +1237,7 @@ def load_srn(folder: Path, size: int, bg: Tensor, above: bool) -> Views:
                  [f"rgb/{file.name}" for file in used])
 
 
-# --------------------------------------------------------------------------- occupancy grid
+# ------------------------------------- where samples stand on a ray; what depends on its direction
 
 class OccupancyGrid(nn.Module):
     """Which cells of the box hold anything (Instant NGP's idea, nerfacc's rule).
@@ -1287,7 +1246,7 @@ class OccupancyGrid(nn.Module):
                       occupied = ema > min(mean(ema), 0.01).
     sigma * step is about the opacity of one sample. All cells are occupied until the first update.
     """
-    def __init__(self, aabb: Tensor, resolution: int = 128, decay: float = 0.95):
+    def __init__(self, aabb: Tensor, resolution: int, decay: float):
         super().__init__()
         self.decay = decay
         self.register_buffer("aabb", aabb.clone())                                  # (2, 3)
@@ -1317,16 +1276,12 @@ class OccupancyGrid(nn.Module):
         self.occupied.copy_(self.ema > self.ema.mean().clamp_max(0.01))
 
 
-# -------------------------------------------------------------- where samples stand on a ray
-# Two ways, as modules with the same methods:
-#     prepare(field, step)                before each training step
-#     sample(rays_o, rays_d, jitter)      -> packed samples as kernels.march returns them; jitter
-#                                            (R,) in [0, 1) in training, None in evaluation
-#     loss(weights (N,))                  what it learns from the rays of the last call, or 0
-#     samples_per_ray                     what a ray costs
-
 class OccupancySampler(nn.Module):
-    """Equal steps through the occupied cells of a grid. A ray that meets nothing is almost free."""
+    """Equal steps through the occupied cells of a grid. A ray that meets nothing is almost free.
+
+    Both samplers have: prepare(field, step), before each training step; sample(rays_o, rays_d,
+    jitter) -> packed samples as of kernels.march, jitter (R,) in [0, 1) or None in evaluation;
+    loss(weights (N,)), what it learns from the rays of the last call, or 0; samples_per_ray."""
     def __init__(self, scene: Scene, march_steps: int, samples_per_ray: float):
         super().__init__()
         self.step = float((scene.aabb[1] - scene.aabb[0]).norm()) / march_steps
@@ -1361,8 +1316,7 @@ class ProposalSampler(nn.Module):
 
     Round i places intervals by the weights of round i - 1 (at first equal ones), and network i
     gives their new weights. The field sees n intervals drawn from the last weights. Annealing
-    (eq. 18): early weights are raised to a power below 1, as first guesses are wrong.
-    """
+    (eq. 18): early weights are raised to a power below 1, as first guesses are wrong."""
     def __init__(self, scene: Scene, counts: tuple, n: int, steps: int):
         super().__init__()
         self.aabb, self.near, self.far = scene.aabb, scene.near, scene.far
@@ -1445,8 +1399,7 @@ def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None) -> T
     interval, whose distribution function is inverted at (k + jitter - 1/2) / n. Without the blur
     all samples crowd at the first guess of the surface (lego, 500 steps: 1.1 dB less).
     Example: edges (0, 1, 2, 3), weights (0, 1, 0), n = 3: the blurred weights are (1/2, 1, 1/2)
-    + 0.01, so the inner edges are about 1.17 and 1.83.
-    """
+    + 0.01, so the inner edges are about 1.17 and 1.83."""
     padded = F.pad(weights.detach(), (1, 1))
     larger = torch.maximum(padded[:, 1:], padded[:, :-1])                      # of two neighbours
     pdf = 0.5 * (larger[:, 1:] + larger[:, :-1]) + 0.01                        # (R, S)
@@ -1474,8 +1427,6 @@ def interlevel_loss(edges: Tensor, weights: Tensor, p_edges: Tensor, p_weights: 
     return ((weights.detach() - bound).clamp(min=0) ** 2 / (weights.detach() + 1e-7)).sum(1).mean()
 
 
-# ---------------------------------------------------------------------- spherical harmonics
-
 def spherical_harmonics(d: Tensor, degree: int = 4) -> Tensor:
     """Real spherical harmonics of unit directions, bands 0 to degree - 1, of at most 3: (N, 3) ->
     (N, degree**2). Orthonormal on the sphere; column l*l + l + m holds Y_l^m."""
@@ -1493,7 +1444,7 @@ def spherical_harmonics(d: Tensor, degree: int = 4) -> Tensor:
     return torch.stack([*band_0, *band_1, *band_2, *band_3][:degree ** 2], -1)
 
 
-# --------------------------------------------------------------------------------- metrics
+# ------------------------------------------------- metrics, camera paths and pictures
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """-10 log10 mean((a - b)^2) in dB, for images in [0, 1]: an error of 0.1 gives 20 dB."""
@@ -1503,12 +1454,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of two images (H, W, 3) in [0, 1]; 1 = equal.
 
-                2 mean_a mean_b + 0.01^2          2 cov_ab + 0.03^2
-        SSIM = ---------------------------- * -----------------------,
-               mean_a^2 + mean_b^2 + 0.01^2    var_a + var_b + 0.03^2
-
-    moments under an 11x11 Gaussian window, sigma 1.5; mean over channels and places where it fits.
-    """
+    Luminance times contrast and structure, from moments under an 11x11 Gaussian window, sigma 1.5;
+    the mean over channels and places where the window fits."""
     require(min(a.shape[:2]) >= 11, "SSIM needs 11x11 pixels or more: use a larger --size")
     window = torch.softmax(-0.5 * (torch.arange(-5, 6).to(a) / 1.5) ** 2, 0)     # its sum is 1
 
@@ -1521,8 +1468,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     luminance = (2 * mean_a * mean_b + 0.01 ** 2) / (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2)
     return (luminance * (2 * cov_ab + 0.03 ** 2) / (variances + 0.03 ** 2)).mean()
 
-
-# ------------------------------------------------------------------ camera paths and pictures
 
 def orbit_poses(n: int, radius: float, elevation_deg=30.0, centre=(0.0, 0.0, 0.0)) -> Tensor:
     """n cameras (n, 3, 4) on a full turn around `centre`, at which they look; z is up."""
@@ -1584,35 +1529,6 @@ def comparison_strip(target: Tensor, render: Tensor, depth: Tensor, near, far) -
     return torch.cat([target, render.clamp(0, 1), error, colour_map(depth, near, far)], 1)
 
 
-def draw_panels(panels: dict[str, dict[str, list]]) -> str:
-    """SVG text: panels (title -> label -> lines, each a list of points (x, y)) side by side, and
-    a legend below."""
-    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
-    colour = dict(zip(labels, itertools.cycle("#2f81f7 #e5711d #2da44e #d1549b #8b6cef".split())))
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{60 + 260 * len(panels)}" '
-           f'height="{240 + 18 * len(labels)}" font-family="sans-serif" font-size="12">']
-    for i, (title, curves) in enumerate(panels.items()):
-        lines = [(label, np.array(line)) for label in curves for line in curves[label] if line]
-        every = np.concatenate([line for _, line in lines])
-        lo, extent = every.min(0), np.ptp(every, 0)
-        out.append(f'<g transform="translate({60 + 260 * i} 12)" fill="#808890"><text y="205">'
-                   f'{title}</text><path d="M0 0v170h190" fill="none" stroke="#808890"/>')
-        for share in (0, 0.5, 1):
-            x, y = lo + share * extent
-            out.append(f'<text x="{190 * share}" y="187" text-anchor="middle">{x:.3g}</text>'
-                       f'<text x="-5" y="{174 - 170 * share}" text-anchor="end">{y:.3g}</text>')
-        for label, line in lines:
-            pixels = (line - lo) / np.maximum(extent, 1e-12) * (190, -170) + (0, 170)
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
-            x, y = pixels[-1]
-            out.append(f'<polyline points="{path}" fill="none" stroke="{colour[label]}"/>'
-                       f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour[label]}"/>')
-        out.append("</g>")
-    out += [f'<text x="60" y="{240 + 18 * i}" fill="{colour[label]}">{html.escape(label)}</text>'
-            for i, label in enumerate(labels)]
-    return "\n".join([*out, "</svg>\n"])
-
-
 # ------------------------------------------------------------------------------ run folder
 
 def evenly_spaced(count: int, n: int) -> list[int]:
@@ -1640,11 +1556,10 @@ def write_whole(path: Path, write: Callable) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(to_json(value), indent=1)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(json.dumps(to_json(value), indent=1).encode()))
 
 
-def environment(device="cpu") -> dict:
+def environment(device) -> dict:
     """What a number depends on: versions, hardware, commit of this repository, date, command."""
     git = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=40 --exclude="*"'
     if torch.device(device).type == "cuda":
@@ -1655,22 +1570,7 @@ def environment(device="cpu") -> dict:
             "date": datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv}
 
 
-def random_state(device="cpu") -> dict:
-    """States of PyTorch's generators of the CPU and, if it is CUDA, of the run's device."""
-    cuda = torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict, device="cpu") -> None:
-    torch.set_rng_state(state["cpu"])
-    on_cuda = torch.device(device).type == "cuda"
-    if on_cuda and isinstance(state["cuda"], Tensor):
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif on_cuda or isinstance(state["cuda"], Tensor):
-        note("the checkpoint is of another kind of device: other random numbers follow")
-
-
-def peak_memory_mb(device="cpu") -> float:
+def peak_memory_mb(device) -> float:
     """Largest memory so far [MiB]: PyTorch's on CUDA, else the process's (nan if not on Linux)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
@@ -1691,9 +1591,7 @@ class TrainingRun:
         run.finish()
 
     scene: what has a name and a kind, or a name. free: flags that may differ from the
-    checkpoint's; --steps may grow. UserError if the folder holds a run that is not to go on, or
-    none that is.
-    """
+    checkpoint's; --steps may grow."""
     def __init__(self, method: str, scene, args: RunArgs, free: Iterable[str] = ("lr",)):
         if args.video:
             with reading("--video", 'pip install "imageio[ffmpeg]", or leave the flag away'):
@@ -1710,7 +1608,7 @@ class TrainingRun:
         self.step, self.seconds, self.counts = 0, 0.0, Counter()
         self.count = self.counts.update                     # count(rays=8) adds 8 to the rays
         self.scores, self._values, self._spoilt = {}, {}, 0.0
-        self._finished, self._saved = [], None
+        self._finished, self._log, self._saved = [], "", None           # _log: metrics.jsonl
         self._args = to_json({**asdict(args), "resume": False, "eval_only": False})
         begun, saved = ((self.path / name).exists() for name in ("args.json", "ckpt.pt"))
         if saved and (args.resume or args.eval_only):
@@ -1731,8 +1629,8 @@ class TrainingRun:
         with reading(self.path / "ckpt.pt", "start afresh with another --out"):
             saved = torch.load(self.path / "ckpt.pt", map_location="cpu", weights_only=True)
             before, steps = saved["args"], saved["args"]["steps"]
-            self.step, self.seconds, self._finished = (
-                saved[name] for name in ("step", "seconds", "finished"))
+            self.step, self.seconds, self._finished, self._log = (
+                saved[name] for name in ("step", "seconds", "finished", "log"))
             self.count(saved["counts"])
         flags = {name: value for name, value in self._args.items() if name not in free}
         for name, now in {**flags, **self.identity}.items():
@@ -1748,15 +1646,9 @@ class TrainingRun:
         self._saved = saved
 
     def _begin(self) -> None:
-        """Write args.json; forget lines of metrics.jsonl after this step, which come again."""
+        """Write args.json; forget lines of metrics.jsonl after the checkpoint: they come again."""
         write_json(self.path / "args.json", self._args)
-        lines, kept = self.path / "metrics.jsonl", ""
-        lines.touch()
-        for line in lines.read_text().splitlines():
-            with contextlib.suppress(ValueError):           # half a line
-                if json.loads(line)["step"] <= self.step:
-                    kept += line + "\n"
-        write_whole(lines, lambda file: file.write(kept.encode()))
+        write_whole(self.path / "metrics.jsonl", lambda file: file.write(self._log.encode()))
         if self.flags.tensorboard:
             with reading("--tensorboard", "pip install tensorboard, or leave the flag away"):
                 from torch.utils.tensorboard import SummaryWriter
@@ -1782,8 +1674,7 @@ class TrainingRun:
             due = (t + 1) % self.flags.eval_every == 0 or t + 1 == end
             if due or self.device.type == "cpu" or t % 50 == 0:            # a GPU is waited for
                 require(math.isfinite(self._values.get("loss", 0)), "loss is not finite at step "
-                        f"{self.step}; the last checkpoint is kept: lower the learning rate, then "
-                        "--resume")
+                        f"{self.step}; the last checkpoint is kept: lower the rate, then --resume")
             self.step += 1
             now = time.monotonic()
             if t + 1 == end or now - shown >= 10:
@@ -1826,6 +1717,7 @@ class TrainingRun:
             f"training; pictures in {self.path}")
         return summary
 
+
     def _now(self) -> float:
         """Seconds, when the GPU has done what it was given."""
         if self.device.type == "cuda":
@@ -1842,7 +1734,9 @@ class TrainingRun:
             for name, part in parts.items():
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(saved["parts"][stage][name])
-        set_random_state(saved["random"], self.flags.device)
+        torch.set_rng_state(saved["random"]["cpu"])
+        if self.device.type == "cuda" and saved["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
         return saved["stage_step"]
 
     def _evaluate(self, evaluate: Callable, last: bool) -> None:
@@ -1857,17 +1751,20 @@ class TrainingRun:
         """A line of metrics.jsonl, and a checkpoint."""
         line = to_json({"step": self.step, **self.counts, "train_seconds": self.seconds,
                         "loss": self._values.get("loss"), **self.scores})
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._log += json.dumps(line) + "\n"
+        write_whole(self.path / "metrics.jsonl", lambda file: file.write(self._log.encode()))
         for name, value in line.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.step)
         states = {name: part if isinstance(part, dict) else part.state_dict()
                   for name, part in parts.items()}
+        on_cuda = self.device.type == "cuda"
+        random = {"cpu": torch.get_rng_state(),
+                  "cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None}
         state = {"args": {**self._args, **self.identity}, "parts": {stage: states},
                  "stage_step": step, "step": self.step, "finished": self._finished,
                  "counts": dict(self.counts), "cameras": self._cameras, "seconds": self.seconds,
-                 "random": random_state(self.device)}
+                 "random": random, "log": self._log}
         write_whole(self.path / "ckpt.pt", lambda file: torch.save(state, file))
 
 
@@ -1884,32 +1781,36 @@ class Compare:
 
     def __call__(self) -> None:
         require(self.runs, "compare needs a run folder: python common.py compare runs/A runs/B")
-        groups = read_runs(self.runs)
-        say(compare(groups))
-        if not self.curves:
-            return
-        panels = {}
-        for cost in ("step", "rays", "samples", "train_seconds"):
-            curves = {name: [[(line[cost], line["psnr"]) for line in curve if cost in line]
-                             for _, curve in group] for name, group in groups.items()}
-            if any(map(any, curves.values())):
-                panels[f"held-out PSNR [dB] against {cost}"] = curves
-        require(panels, "--curves: the runs have no evaluations to draw")
-        with reading(self.curves, "choose another file"):
-            self.curves.write_text(draw_panels(panels), encoding="utf-8")
+        groups = {}             # name without the seed -> [(summary.json, lines of metrics.jsonl)]
+        for folder in self.runs:
+            with reading(folder):
+                lines = (folder / "metrics.jsonl").read_text().splitlines()
+                curve = [line for line in map(json.loads, lines)
+                         if None not in map(line.get, ("step", "train_seconds", "psnr"))]
+            name = re.sub(r"-s\d+$", "", str(folder))
+            groups.setdefault(name, []).append((read_json(folder / "summary.json"), curve))
+        say(table(groups))
+        if self.curves:
+            drawn = draw_curves({name: [curve for _, curve in groups[name]] for name in groups})
+            with reading(self.curves, "choose another file"):
+                self.curves.write_text(drawn, encoding="utf-8")
 
 
-def read_runs(folders: list[Path]) -> dict[str, list[tuple[dict, list[dict]]]]:
-    """Name without the seed -> its runs, as (summary.json, evaluations of metrics.jsonl)."""
-    groups = {}
-    for folder in folders:
-        with reading(folder):
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            curve = [line for line in map(json.loads, lines)
-                     if None not in map(line.get, ("step", "train_seconds", "psnr"))]
-        name = re.sub(r"-s\d+$", "", str(folder))
-        groups.setdefault(name, []).append((read_json(folder / "summary.json"), curve))
-    return groups
+def table(groups: dict) -> str:
+    """A row a group: numbers of summary.json, and what it costs to get to the first row's PSNR."""
+    decimals = {"method": 0, "scene": 0, "data": 0, "size": 0, "steps": 0, "train_seconds": 1,
+                "peak_memory_mb": 0, "psnr": 2, "ssim": 4}
+    first = [curve[-1]["psnr"] for _, curve in next(iter(groups.values())) if curve]
+    costs = ("step", "train_seconds") if first else ()
+    titles = ["run", "seeds", *decimals, *(f"{cost} to {np.mean(first):.2f} dB" for cost in costs)]
+    rows = [titles, ["---"] * len(titles)]
+    for name, group in groups.items():
+        row = [cell([summary.get(key) for summary, _ in group], digits)
+               for key, digits in decimals.items()]
+        row += [cell([cost_to_reach(curve, np.mean(first), cost) for _, curve in group], 1)
+                for cost in costs]
+        rows.append([name, str(len(group)), *row])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
@@ -1920,23 +1821,6 @@ def cost_to_reach(curve: list[dict], target: float, cost: str) -> float | None:
             share = (target - before["psnr"]) / max(line["psnr"] - before["psnr"], 1e-9)
             return before[cost] + share * (line[cost] - before[cost])
     return None
-
-
-def compare(groups: dict) -> str:
-    """The table: numbers of summary.json, and what it costs to get to the first row's PSNR."""
-    decimals = {"method": 0, "scene": 0, "data": 0, "size": 0, "steps": 0, "train_seconds": 1,
-                "peak_memory_mb": 0, "psnr": 2, "ssim": 4}
-    first = [curve[-1]["psnr"] for _, curve in next(iter(groups.values())) if curve]
-    costs = ("step", "train_seconds") if first else ()
-    titles = ["run", "seeds", *decimals, *(f"{cost} to {np.mean(first):.2f} dB" for cost in costs)]
-    table = [titles, ["---"] * len(titles)]
-    for name, group in groups.items():
-        row = [cell([summary.get(key) for summary, _ in group], digits)
-               for key, digits in decimals.items()]
-        row += [cell([cost_to_reach(curve, np.mean(first), cost) for _, curve in group], 1)
-                for cost in costs]
-        table.append([name, str(len(group)), *row])
-    return "\n".join("| " + " | ".join(row) + " |" for row in table)
 
 
 def cell(values: list, decimals: int) -> str:
@@ -1952,13 +1836,45 @@ def cell(values: list, decimals: int) -> str:
     return text
 
 
+def draw_curves(groups: dict[str, list]) -> str:
+    """SVG text: a panel a cost, in each a line a curve (of metrics.jsonl), and a legend below."""
+    colour = dict(zip(groups, itertools.cycle("#2f81f7 #e5711d #2da44e #d1549b #8b6cef".split())))
+    panels = []
+    for cost in ("step", "rays", "samples", "train_seconds"):
+        lines = [(colour[name], np.array([(at[cost], at["psnr"]) for at in curve if cost in at]))
+                 for name in groups for curve in groups[name]]
+        lines = [(stroke, line) for stroke, line in lines if len(line)]
+        if not lines:
+            continue
+        every = np.concatenate([line for _, line in lines])
+        lo, extent = every.min(0), np.ptp(every, 0)
+        panels.append(f'<g transform="translate({60 + 260 * len(panels)} 12)" fill="#808890">'
+                      f'<text y="205">held-out PSNR [dB] against {cost}</text>'
+                      '<path d="M0 0v170h190" fill="none" stroke="#808890"/>')
+        for share in (0, 0.5, 1):
+            x, y = lo + share * extent
+            panels[-1] += (f'<text x="{190 * share}" y="187" text-anchor="middle">{x:.3g}</text>'
+                           f'<text x="-5" y="{174 - 170 * share}" text-anchor="end">{y:.3g}</text>')
+        for stroke, line in lines:
+            pixels = (line - lo) / np.maximum(extent, 1e-12) * (190, -170) + (0, 170)
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+            panels[-1] += f'<polyline points="{path}" fill="none" stroke="{stroke}"/>'
+        panels[-1] += "</g>"
+    require(panels, "--curves: the runs have no evaluations to draw")
+    legend = [f'<text x="60" y="{240 + 18 * i}" fill="{colour[name]}">{html.escape(name)}</text>'
+              for i, name in enumerate(groups)]
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{60 + 260 * len(panels)}" '
+                      f'height="{240 + 18 * len(groups)}" font-family="sans-serif" '
+                      'font-size="12">', *panels, *legend, "</svg>\n"])
+
+
 MIRROR = "https://huggingface.co/datasets/nerfbaselines/nerfbaselines-data/resolve/main/blender"
 
 
 @dataclass
 class Download:
     """Fetch a Blender scene into DATA/nerf_synthetic/SCENE."""
-    scene: tyro.conf.Positional[Literal[BLENDER_SCENES]]
+    scene: tyro.conf.Positional[Literal[tuple(KNOWN["nerf_synthetic"][1].split())]]
     """Name of the scene."""
     data: Path = Path(RunArgs.data)
     """The data folder; default: the environment variable NERF_DATA, else data."""

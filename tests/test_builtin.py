@@ -1,20 +1,15 @@
 """The built-in scenes of common.py: the renderer against slow loops and known answers, then the
 truck (`bricks`), the room (`stage`) and the cars."""
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from common import BALL, BOX, TUBE, WHEEL, Shape, UserError, trace  # noqa: E402
+import common
+from common import BALL, BOX, TUBE, WHEEL, Shape, trace
 
 WHITE, RED = torch.ones(3), (1.0, 0.0, 0.0)
 SIZE = 32
@@ -34,11 +29,12 @@ def look(shapes, o, d):
     return float(distance[0, 0]), colour[:, 0, 0], int(index[0, 0])
 
 
-def grid_rays(c2w, focal, n):
-    """Origins and directions (n * n, 3) of the rays that `trace` follows, in float64."""
-    K = common._intrinsics(focal * n, focal * n, n / 2, n / 2)
+def traced(azimuth, elevation, n):
+    """What `trace` finds in some_shapes(), and its rays (n * n, 3) in float64."""
+    shapes, c2w = some_shapes(), np.float32(common.orbit_pose(azimuth, elevation, 4.0))
+    K = common._intrinsics(1.2 * n, 1.2 * n, n / 2, n / 2)
     rays = common.pixel_rays(common.pixel_grid(n, n), K, torch.tensor(c2w).expand(n * n, 3, 4))
-    return [x.double().numpy() for x in rays]
+    return shapes, *trace(shapes, c2w, 1.2, n), *(x.double().numpy() for x in rays)
 
 
 def unit_points(shape, x):
@@ -77,38 +73,10 @@ def some_shapes():
 
 # ---------------------------------------------------------------------------------------- renderer
 
-MISS, s = math.inf, math.sqrt(0.5)
-
-
-@pytest.mark.parametrize("shape, o, d, distance", [
-    (Shape(BOX, (0, 0, 0), (1, 2, 3), RED), (5, 0, 0), (-1, 0, 0), 4),
-    (Shape(BOX, (0, 0, 0), (1, 2, 3), RED), (5, 2.01, 0), (-1, 0, 0), MISS),
-    (Shape(BOX, (1, 1, 1), (1, 2, 3), RED, yaw=90), (9, 1, 1), (-1, 0, 0), 6),
-    (Shape(BOX, (0, 0, 0), (1, 1, 1), RED, yaw=45), (5, 0, 0), (-1, 0, 0), 5 - math.sqrt(2)),
-    (Shape(BOX, (0, 0, 0), (1, 2, 3), RED, pitch=90), (5, 0, 0), (-1, 0, 0), 2),
-    (Shape(BALL, (0, 0, 1), (2, 2, 2), RED), (0, -6, 1), (0, 1, 0), 4),
-    (Shape(BALL, (0, 0, 0), (1, 1, 3), RED), (0, 0, 10), (0, 0, -1), 7),
-    (Shape(BALL, (0, 0, 0), (1, 1, 3), RED, pitch=90), (10, 0, 0), (-1, 0, 0), 7),
-    (Shape(BALL, (0, 0, 0), (1, 1, 1), RED), (0, -6, 1.01), (0, 1, 0), MISS),
-    (Shape(TUBE, (0, 0, 0), (1, 1, 2), RED), (4, 0, 2.1), (-1, 0, 0), MISS),
-    (Shape(TUBE, (0, 0, 0), (1, 1, 2), RED), (0.5, 0.5, 7), (0, 0, -1), 5),         # its cap
-    (Shape(TUBE, (0, 0, 0), (1, 1, 2), RED), (0.9, 0.9, 7), (0, 0, -1), MISS),      # a box is hit
-    (Shape(TUBE, (0, 0, 0), (1, 1, 2), RED), (-4, 0, 3), (s, 0, -s), 3 * math.sqrt(2)),
-    (Shape(TUBE, (0, 0, 0), (0.001, 0.001, 2), RED), (9, 0.0005, 1), (-1, 0, 0), 9),    # a rod
-    (Shape(WHEEL, (0, 0, 0), (1, 2, 1), RED), (0.5, 7, 0.5), (0, -1, 0), 5),
-    (Shape(WHEEL, (0, 0, 0), (1, 2, 1), RED), (0.9, 7, 0.9), (0, -1, 0), MISS),
-    (Shape(WHEEL, (0, 0, 0), (1, 2, 1), RED), (0, 1.9, 7), (0, 0, -1), 6)])
-def test_distances_by_hand(shape, o, d, distance):
-    found, colour, index = look([shape], o, d)
-    assert found == pytest.approx(distance, abs=2e-3 if shape.half[0] < 0.01 else 1e-5)
-    assert index == (-1 if distance == MISS else 0) and (colour.max() > 0) == (index == 0)
-
-
 def test_first_surfaces_are_those_of_a_march_in_small_steps():
-    shapes, n, hits = some_shapes(), 24, 0
-    c2w, t = np.float32(common.orbit_pose(0.7, 0.5, 4.0)), np.arange(2, 6, 0.002)
-    _, distance, index = trace(shapes, c2w, 1.2, n)
-    for i, (o, d) in enumerate(zip(*grid_rays(c2w, 1.2, n))):
+    shapes, _, distance, index, *rays = traced(0.7, 0.5, 24)
+    t, hits = np.arange(2, 6, 0.002), 0
+    for i, (o, d) in enumerate(zip(*rays)):
         inside = np.stack([level(shape, o + t[:, None] * d) <= 1 for shape in shapes])
         first = np.where(inside.any(1), t[inside.argmax(1)], np.inf)
         nearest, found, there = first.min(), index.flat[i], distance.flat[i]
@@ -123,11 +91,8 @@ def test_first_surfaces_are_those_of_a_march_in_small_steps():
 
 def test_colours_are_those_of_the_normal():
     """The normal is the gradient of `level`, here by differences in float64."""
-    shapes, n, edges = some_shapes(), 40, 0
-    c2w = np.float32(common.orbit_pose(2.0, 0.4, 4.0))
-    colours, distance, index = trace(shapes, c2w, 1.2, n)
-    hits = (index.flatten() >= 0).nonzero()[0]
-    o, d = grid_rays(c2w, 1.2, n)
+    shapes, colours, distance, index, o, d = traced(2.0, 0.4, 40)
+    hits, edges = (index.flatten() >= 0).nonzero()[0], 0
     for i in hits:
         shape, x = shapes[index.flat[i]], o[i] + distance.flat[i] * d[i]
         assert level(shape, x) == pytest.approx(1, abs=1e-4)
@@ -169,16 +134,6 @@ def test_pictures_are_means_over_3x3_rays():
     assert ((views.alpha > 0) & (views.alpha < 1)).any()
 
 
-def test_same_numbers_in_another_process_with_other_threads(cars, film):
-    code = ("import common; car = common.load_family('cars', '.', 32).read(3)[0].images.sum();"
-            "room = common.load_video('stage', '.', 32).read(6).images.sum();"
-            "print(float(car), float(room))")
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}).stdout
-    here = cars[1][3][0].images, film[1][6].images
-    assert told.split() == [str(float(images.sum())) for images in here]
-
-
 # ------------------------------------------------------------------------------------------ bricks
 
 @pytest.fixture(scope="module")
@@ -186,7 +141,8 @@ def bricks():
     return common.load_bricks("test", 48, WHITE)
 
 
-def test_bricks_cameras_and_range(bricks):
+def test_bricks_cameras_and_range(bricks, monkeypatch):
+    monkeypatch.setattr(common, "truck", lambda: some_shapes()[:1])     # soon drawn
     train = common.load_bricks("train", 2, WHITE)
     for views, n in ((bricks, 25), (train, 100)):
         check_cameras(views, 4.0311289)
@@ -203,8 +159,6 @@ def test_bricks_cameras_and_range(bricks):
         o, d = common.view_rays(bricks, v, False)
         depth = bricks.depth[v].reshape(-1, 1)
         assert ((o + depth * d)[depth[:, 0] > 0].abs() < 1.5).all()
-    with pytest.raises(UserError, match="--size 0"):
-        common.load_bricks("test", 0, WHITE)
 
 
 def test_bricks_have_background_texture_and_flat_areas():
@@ -240,7 +194,6 @@ def test_stage_is_what_it_says(film):
     assert np.allclose(video.c2w[9, :, 3], (0.66954, -2.69712, 1.22279), atol=1e-3)
     for view in views:
         assert view.images.shape == (14, 32, 32, 3) and view.names == video.names
-        assert 0 <= view.images.min() and view.images.max() <= 1
         hit = view.depth > 0
         assert (view.depth[hit] > video.near).all() and (view.depth[hit] < video.far).all()
         for v in range(14):                                 # the room is within the box
@@ -249,16 +202,6 @@ def test_stage_is_what_it_says(film):
             assert (points.abs() < video.aabb[1] - 0.03).all() and (video.aabb[1] == 1).all()
         assert torch.allclose(view.images[~grown(hit)], torch.tensor(0.5))     # nothing around it
     assert (common.load_video("stage", ".").frames, common.load_video("stage", ".").H) == (20, 128)
-    for t in (8, -1):
-        with pytest.raises(UserError, match=f"frame {t}.*0 to 7"):
-            video.read(t)
-
-
-@pytest.mark.parametrize("flags", [dict(size=0), dict(frames=0), dict(frames=-2), dict(bg="pink")])
-def test_impossible_flags(flags):
-    (flag, value), = flags.items()
-    with pytest.raises(UserError, match=f"{flag}.*{value}".replace("bg", "background")):
-        common.load_video("stage", ".", **flags)
 
 
 def test_stage_is_the_same_in_any_order_and_for_any_number_of_frames(film):
@@ -356,9 +299,10 @@ def test_cars_are_what_they_say(cars):
             assert torch.equal(inner, views.alpha)          # a car is in the picture as a whole
 
 
-def test_cameras_stand_on_a_sphere_and_look_at_the_middle(cars):
+def test_cameras_stand_on_a_sphere_and_look_at_the_middle(cars, monkeypatch):
     for views in (views for scene in cars[1] for views in scene):
         check_cameras(views, 1.3)
+    monkeypatch.setattr(common, "car", lambda seed: some_shapes()[:1])
     where = [common.load_car(seed, 1, WHITE, False).c2w[:, :, 3] / 1.3 for seed in range(20)]
     assert np.allclose(1.3 * where[3][49], (-1.25599, 0.33372, -0.03366), atol=1e-4)     # as ever
     where = torch.cat(where)                                # uniform: mean 0 and variance 1/3, each
@@ -407,17 +351,10 @@ def test_cars_fit_their_box_and_vary():
 
 
 def test_cars_share_their_parts():
-    """From the side: dark windows and tyres, bright hubs, paint on the door; two head lamps."""
+    """Four tyres with hubs, head lamps, tail lamps, dark sills and windows, paint on the body."""
     for seed in range(12):
         shapes = common.car(seed)
-        body, cabin = shapes[0], shapes[3]
-        wheel, *_ = [s for s in shapes if s.colour == common.DARK]
-        window = cabin.centre + np.array([0.4 * cabin.half[0], 0, 0.5 * cabin.half[2]])
-        spots = [window, wheel.centre - np.array([0, 0, 0.8 * wheel.half[2]]), wheel.centre,
-                 np.array([0, 0, body.centre[2] + 0.1 * body.half[2]])]
-        colours = [look(shapes, (x, -2, z), (0, 1, 0))[1] for x, _, z in spots]
-        grey = [colour.mean() for colour in colours]
-        assert 0 < grey[0] < 0.35 and 0 < grey[1] < 0.25 and grey[2] > 1.5 * grey[1], seed
-        paint = np.array(body.colour)
-        assert colours[3] @ paint / np.linalg.norm(colours[3]) / np.linalg.norm(paint) > 0.97, seed
-        assert sum(s.colour == common.LAMP for s in shapes) == 2
+        found = Counter(tuple(shape.colour) for shape in shapes)
+        parts = (common.DARK, common.GREY, common.LAMP, common.RED, common.BLACK)
+        assert [found[colour] for colour in parts] == [4, 4, 2, 2, 2], seed
+        assert found[shapes[0].colour] == 5                             # body, nose and tail, post

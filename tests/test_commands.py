@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import xml.etree.ElementTree as ET
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,10 @@ import numpy as np
 import pytest
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from common import UserError  # noqa: E402
-from test_pictures import parts  # noqa: E402
+import common
+from conftest import ROOT, content
+from common import UserError
 
-
-# ---------------------------------------------------------------------------------- compare
 
 def fake_run(folder, rows, **summary):
     """A finished run; rows: (step, train_seconds, psnr, rays, samples), the last two may lack."""
@@ -64,30 +61,26 @@ def test_compare_takes_seeds_together_and_draws_their_curves(tmp_path):
     for name, per_10, values, data in (
             ("base-s0", 2, (20, 22, 24), "blender"), ("base-s1", 2, (20, 22, 26), "blender"),
             ("fast-s0", 1, (25, 27), "blender"), ("fast-s1", 1, (23, 27), "builtin"),
-            ("fast-s2", 1, (21, 24), "builtin"), ("other-s4", 1, (19, 20), "blender")):
-        rows = [(10 * i, per_10 * i, value, i, i) for i, value in enumerate(values, 1)]
+            ("fast-s2", 1, (21, 24), "builtin"), ("o<&-s4", 1, (19, 20), "blender")):
+        rows = [(10 * i, per_10 * i, value, i) for i, value in enumerate(values, 1)]
         fake_run(tmp_path / name, rows, psnr=values[-1], data=data)
     names = [path.name for path in sorted(tmp_path.iterdir())]
     rows = call(tmp_path, *names, "--curves", "c.svg")
     assert [row[:2] + row[4:5] + row[-4:] for row in rows[2:]] == [
         ["base", "2", "blender", "25.00 ± 1.41", "-", "27.5 (1 of 2)", "5.5 (1 of 2)"],
         ["fast", "3", "blender / builtin", "26.00 ± 1.73", "-", "12.5 ± 3.5 (2 of 3)",
-         "1.2 ± 0.4 (2 of 3)"], ["other", "1", "blender", "20.00", "-", "-", "-"]]
-    panels, legend = parts((tmp_path / "c.svg").read_text(encoding="utf-8"))
-    costs = [title.split()[-1] for _, _, title, _, _ in panels]
-    assert costs == ["step", "rays", "samples", "train_seconds"]
-    assert list(legend) == ["base", "fast", "other"]
-    x, y, _, lines, _ = panels[0]
-    assert list(x)[::2] == ["10", "30"] and list(y)[::2] == ["19", "27"]
-    assert [list(legend.values()).index(colour) for colour, _ in lines] == [0, 0, 1, 1, 1, 2]
-
-
-def test_cost_to_reach():
-    curve = [dict(step=10, train_seconds=0, psnr=20), dict(step=20, train_seconds=2, psnr=24),
-             dict(step=30, train_seconds=9, psnr=22)]
-    reached = [common.cost_to_reach(curve, psnr, "step") for psnr in (19, 20, 23, 24, 25)]
-    assert reached == [10, 10, 17.5, 20, None]
-    assert common.cost_to_reach(curve, 23, "train_seconds") == 1.5
+         "1.2 ± 0.4 (2 of 3)"], ["o<&", "1", "blender", "20.00", "-", "-", "-"]]
+    root, svg = ET.parse(tmp_path / "c.svg").getroot(), "{http://www.w3.org/2000/svg}"
+    panels, legend = root.findall(svg + "g"), root.findall(svg + "text")
+    assert [node.text for node in legend] == ["base", "fast", "o<&"]
+    texts = [[node.text for node in panel.findall(svg + "text")] for panel in panels]
+    costs = ["step", "rays", "train_seconds"]                           # samples: not logged
+    assert [text[0] for text in texts] == [f"held-out PSNR [dB] against {cost}" for cost in costs]
+    assert texts[0][1:] == ["10", "19", "20", "23", "30", "27"]         # x, y of three ticks
+    curves = [(node.get("stroke"), node.get("points")) for node in panels[0].iter(svg + "polyline")]
+    colours = [node.get("fill") for node in legend]
+    assert [colours.index(stroke) for stroke, _ in curves] == [0, 0, 1, 1, 1, 2]
+    assert curves[0][1] == "0.0,148.8 95.0,106.2 190.0,63.8" and len(set(colours)) == 3
 
 
 def test_compare_refuses(tmp_path):
@@ -100,8 +93,6 @@ def test_compare_refuses(tmp_path):
         with pytest.raises(UserError, match=words):
             common.Compare(runs, curves)()
 
-
-# --------------------------------------------------------------------------------- download
 
 def scene_zip(prefix="", extra=None):
     buffer = io.BytesIO()
@@ -127,10 +118,6 @@ def publish(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def files(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 def refused(words, scene, data):
     """UserError, and nothing half is left."""
     with pytest.raises(UserError, match=words):
@@ -144,11 +131,11 @@ def test_download(tmp_path, publish, prefix, extra):
     data = tmp_path / "a/data"
     publish(scene_zip(prefix, extra and extra.format(tmp_path)))
     common.Download("lego", data)()
-    found = files(tmp_path / "a")
-    folder = "data/nerf_synthetic/lego/"
-    assert {folder + "transforms_train.json", folder + "train/r_0.png"} <= found
-    assert all(name.startswith(folder) for name in found) and not (tmp_path / "evil").exists()
-    assert (tmp_path / "a" / folder / "train/r_0.png").stat().st_size == 50000
+    found = content(tmp_path / "a")
+    folder = Path("data/nerf_synthetic/lego")
+    assert found[folder / "transforms_train.json"].startswith(b"{}")
+    assert len(found[folder / "train/r_0.png"]) == 50000
+    assert all(folder in path.parents for path in found) and not (tmp_path / "evil").exists()
     with pytest.raises(UserError, match="is there already"):
         common.Download("lego", data)()
 

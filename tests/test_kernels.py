@@ -1,10 +1,8 @@
-"""Tests of kernels.py. Every operation is compared with a slow loop in Python floats that shares
-no code with it.
+"""Tests of kernels.py. Every operation is compared with a slow loop that shares no code with it.
 
 The Triton kernels take the same tests as the PyTorch functions: on a CUDA device where there is
 one, and in any case on the CPU, where test_interpreter runs this file again with TRITON_INTERPRET=1
-(in a process of its own, as the variable must be set before Triton is imported). Without a GPU they
-are also compiled, exactly as the public functions launch them.
+(in a process of its own). They are also compiled, exactly as the public functions launch them.
 """
 import itertools
 import math
@@ -42,9 +40,7 @@ def poisoned(monkeypatch):
     def poison(make):
         def made(*args, **kwargs):
             fresh = make(*args, **kwargs)
-            if fresh.is_floating_point():
-                return fresh.fill_(NAN)
-            return fresh.fill_(-(2 ** 30)) if fresh.dtype == torch.int64 else fresh
+            return fresh.fill_(NAN) if fresh.is_floating_point() else fresh
         return made
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
@@ -193,13 +189,11 @@ def test_march_refuses_short_directions(backend, length):
 
 @over_plain
 def test_march_float32(backend):
-    """Bit-equal to the reference; against float64 only rays that graze a face may differ."""
+    """Bit-equal to the reference."""
     o, d, occupied = rays(41, seed=4)
     inputs = single((o, d, occupied, BOX, 0.05))
     found = run(march, backend, *inputs)
     assert all(map(torch.equal, found, march(*inputs, backend="reference")))
-    moved = found[2].diff() != march(o, d, occupied, BOX, 0.05)[2].diff()
-    assert moved.double().mean() < 0.1
 
 
 @over_plain
@@ -242,39 +236,27 @@ def samples(counts, C=3, seed=0, density=8.0):
 
 
 def slow_composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, cotangents=None):
-    """Forward and gradient as double loops over Python floats, straight from the sums."""
-    s, c, t0, t1, o = (a.tolist() for a in (sigmas, rgbs, t_starts, t_ends, offsets))
-    R, C, N = len(o) - 1, rgbs.shape[1], len(s)
-    rgb, opacity, depth, weights = [[0.0] * C for _ in range(R)], [0.0] * R, [0.0] * R, [0.0] * N
-    d_s, d_c = [0.0] * N, [[0.0] * C for _ in range(N)]
-    tau = [a * (c - b) for a, b, c in zip(s, t0, t1)]
-    for r in range(R):
-        seen, T_next = [], {}
-        for i in range(o[r], o[r + 1]):
-            T = math.exp(-sum(tau[j] for j in range(o[r], i)))
-            if T >= early_stop:
-                weights[i] = T * -math.expm1(-tau[i])
-                T_next[i] = math.exp(-sum(tau[j] for j in range(o[r], i + 1)))
-                seen.append(i)
-            for k in range(C):
-                rgb[r][k] += weights[i] * c[i][k]
-            opacity[r] += weights[i]
-            depth[r] += weights[i] * (t0[i] + t1[i]) / 2
+    """Forward and gradient straight from the equations, ray by ray; every sum starts anew."""
+    R, C, N = len(offsets) - 1, rgbs.shape[1], len(sigmas)
+    out = [torch.zeros(s, dtype=F64) for s in ((R, C), (R,), (R,), (N,), (N,), (N, C))]
+    rgb, opacity, depth, weights, d_sigmas, d_rgbs = out
+    for r, (first, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        sigma, c, t0, t1 = (a[first:end] for a in (sigmas, rgbs, t_starts, t_ends))
+        tau, t = sigma * (t1 - t0), (t0 + t1) / 2
+        T = torch.stack([torch.exp(-tau[:i].sum()) for i in range(len(tau) + 1)])
+        seen = T[:-1] >= early_stop
+        w = seen * T[:-1] * -torch.expm1(-tau)
+        rgb[r], opacity[r], depth[r], weights[first:end] = w @ c, w.sum(), w @ t, w
         if cotangents:
-            g_rgb, g_opacity, g_depth, g_w = (a.tolist() for a in cotangents)
-            g = {i: sum(g_rgb[r][k] * c[i][k] for k in range(C)) + g_opacity[r]
-                 + (t0[i] + t1[i]) / 2 * g_depth[r] + g_w[i] for i in seen}
-            for i in seen:
-                behind = sum(g[j] * weights[j] for j in seen if j > i)
-                d_s[i] = (t1[i] - t0[i]) * (g[i] * T_next[i] - behind)
-                d_c[i] = [weights[i] * g_rgb[r][k] for k in range(C)]
-    tensors = [torch.tensor(a, dtype=F64) for a in (rgb, opacity, depth, weights, d_s, d_c)]
-    shapes = ((R, C), (R,), (R,), (N,), (N,), (N, C))
-    return [a.reshape(shape) for a, shape in zip(tensors, shapes)]
+            d_rgb, d_opacity, d_depth, d_weights = cotangents
+            g = c @ d_rgb[r] + d_opacity[r] + t * d_depth[r] + d_weights[first:end]
+            later = torch.tensor([(g * w)[i + 1:].sum() for i in range(len(w))], dtype=F64)
+            d_sigmas[first:end] = seen * (t1 - t0) * (g * T[1:] - later)
+            d_rgbs[first:end] = w[:, None] * d_rgb[r]
+    return out
 
 
 def composite_all(backend, inputs, cotangents, early_stop=0.0):
-    """Four outputs and two gradients."""
     wrt = [a.detach().requires_grad_() for a in inputs[:2]]
     out = run(composite, backend, *wrt, *inputs[2:], early_stop=early_stop)
     gradients = grad(out, wrt, [b.to(a) for a, b in zip(out, cotangents)])
@@ -286,12 +268,10 @@ def cotangents_for(R, N, C, seed=5):
     return [torch.randn(shape, generator=g).double() for shape in ((R, C), (R,), (R,), (N,))]
 
 
-COUNTS = [[], [0], [0, 0, 0, 0, 0], [1], [0, 1, 0, 33, 0], [31, 32, 33, 1, 64, 0, 3]]
-
-
 @over_plain
 @pytest.mark.parametrize("counts,C,early_stop", [
-    *((counts, 3, 0.0) for counts in COUNTS), *(([2, 0, 40], C, 0.0) for C in (1, 4, 16)),
+    ([], 3, 0.0), ([0], 3, 0.0), ([1], 3, 0.0), ([0, 1, 0, 33, 0], 3, 0.0),
+    ([31, 32, 33, 1, 64, 0, 3], 3, 0.0), ([2, 0, 40], 1, 0.0), ([2, 0, 40], 16, 0.0),
     ([5, 0, 70, 1], 3, 0.3)])
 def test_composite_is_the_slow_loop(backend, counts, C, early_stop):
     inputs = samples(counts, C, seed=6)
@@ -323,18 +303,6 @@ def test_composite_gradcheck(backend, early_stop):
     sigmas, rgbs, *rest = samples([0, 3, 0, 1, 2], C=2, seed=8, density=10.0)
     assert gradcheck(lambda s, c: run(composite, backend, s, c, *rest, early_stop=early_stop),
                      (sigmas.requires_grad_(), rgbs.requires_grad_()))
-
-
-@over_plain
-def test_composite_by_hand(backend):
-    """The docstring's example. A loss may use one output only; times carry no gradient."""
-    inputs = [torch.tensor([a], dtype=F64) for a in (math.log(2), 1.0, 1.0, 2.0)]
-    sigmas, rgbs, t0, t1 = [a.requires_grad_() for a in inputs]
-    out = run(composite, backend, sigmas, rgbs[:, None], t0, t1, torch.tensor([0, 1]))
-    assert_close(torch.stack([a.detach().flatten()[0] for a in out]), [0.5, 0.5, 0.75, 0.5], 1e-15)
-    d_sigma, d_t0, d_t1 = grad(out[2].sum(), (sigmas, t0, t1), allow_unused=True)
-    assert_close(d_sigma, [0.75])               # delta t (1 - alpha) = 1 * 1.5 * 0.5
-    assert d_t0 is None and d_t1 is None
 
 
 @over_plain
@@ -380,16 +348,20 @@ def test_composite_keeps_small_gradients(backend):
 
 # ------------------------------------------------------ hash_encode, voxel_interp, triplane_interp
 
+def slow_corners(p, cell):
+    """The corners of a cell and their weights at p."""
+    for corner in itertools.product((0, 1), repeat=3):
+        v = [c + k for c, k in zip(cell, corner)]
+        yield v, math.prod(1 - abs(a - b) for a, b in zip(p, v))
+
+
 def slow_hash(x, table, levels):
     """Corner by corner with Python integers, hashing modulo 2^32 as the paper does."""
     out = torch.zeros(len(x), len(levels.sizes), table.shape[1], dtype=F64)
     for n, point in enumerate(x.tolist()):
         for l, (res, size, first) in enumerate(zip(*levels[:3])):
             p = [min(max(v, 0.0), 1.0) * res for v in point]
-            cell = [min(math.floor(v), res - 1) for v in p]
-            for corner in itertools.product((0, 1), repeat=3):
-                v = [a + b for a, b in zip(cell, corner)]
-                w = math.prod(a - b if k else 1 - (a - b) for a, b, k in zip(p, cell, corner))
+            for v, w in slow_corners(p, [min(math.floor(v), res - 1) for v in p]):
                 row = v[0] + v[1] * (res + 1) + v[2] * (res + 1) ** 2
                 if not levels.dense[l]:
                     row = v[0] ^ v[1] * 2654435761 % 2 ** 32 ^ v[2] * 805459861 % 2 ** 32
@@ -401,12 +373,9 @@ def slow_voxel(x, links, values, mask=None):
     out = torch.zeros(len(x), values.shape[1], dtype=F64)
     for n, point in enumerate(x.tolist()):
         p = [min(max(v, 0.0), size - 1.0) for v, size in zip(point, links.shape)]
-        cell = [min(math.floor(v), size - 2) for v, size in zip(p, links.shape)]
-        for corner in itertools.product((0, 1), repeat=3):
-            row = links[tuple(a + b for a, b in zip(cell, corner))]
-            w = math.prod(a - b if k else 1 - (a - b) for a, b, k in zip(p, cell, corner))
-            if row >= 0:
-                out[n] += w * values[row]
+        for v, w in slow_corners(p, [min(math.floor(v), m - 2) for v, m in zip(p, links.shape)]):
+            if links[tuple(v)] >= 0:
+                out[n] += w * values[links[tuple(v)]]
     return out
 
 
@@ -469,6 +438,7 @@ def lookup(name, backend, inputs, cotangent=None, **more):
     inputs = list(inputs)
     inputs[number] = inputs[number].detach().requires_grad_()
     out = run(function, backend, *inputs, **more)
+    assert out.dtype == inputs[number].dtype
     if cotangent is None:
         cotangent = randn(*out.shape, seed=99)
     return [out.detach(), grad(out, inputs[number], cotangent.to(out))[0]]
@@ -538,19 +508,6 @@ def test_lookup_passes_nan_on(backend, name):
 
 
 @over_lookup
-@pytest.mark.parametrize("name", ["voxel", "triplane"])
-def test_lookup_carries_no_gradient_to_x(backend, name):
-    function, _, problem, number = LOOKUPS[name]
-    inputs = problem(7, 2, seed=30)
-    inputs[0].requires_grad_()
-    assert not run(function, backend, *inputs).requires_grad
-    inputs[number].requires_grad_()
-    out = run(function, backend, *inputs)
-    d_x, d_table = grad(out.sum(), (inputs[0], inputs[number]), allow_unused=True)
-    assert d_x is None and d_table.any()
-
-
-@over_lookup
 def test_views(backend):
     """Inputs and cotangents that are not contiguous or expanded give the same results."""
     for name, (_, _, problem, number) in LOOKUPS.items():
@@ -559,61 +516,38 @@ def test_views(backend):
         ones = torch.tensor(2.0).expand(lookup(name, backend, inputs)[0].shape)
         for a, b in zip(lookup(name, backend, views, ones), lookup(name, backend, inputs, ones)):
             assert_close(a, b, 1e-14)
-        inputs[0] = inputs[0][..., :1, :].expand_as(inputs[0])
-        inputs[number] = inputs[number][..., :1].expand_as(inputs[number])
-        alone = [a.clone() if isinstance(a, torch.Tensor) else a for a in inputs]
-        for a, b in zip(lookup(name, backend, inputs), lookup(name, backend, alone)):
-            assert_close(a, b, 1e-14)
-    if backend != "torch":
-        o, d, occupied = rays(6, seed=3)
-        shift = torch.tensor(0.25, dtype=F64).expand(6)
-        inputs = o, d[:1].expand(6, 3), occupied.permute(2, 1, 0), BOX, 0.07
-        alone = o, d[:1].repeat(6, 1), inputs[2].contiguous(), BOX, 0.07
-        found = run(march, backend, strided(o), *inputs[1:], jitter=shift)
-        wanted = run(march, backend, *alone, jitter=shift.clone())
-        assert len(found[0]) and all(map(torch.equal, found, wanted))
-        sigmas, rgbs, *rest = samples([6, 0, 9], seed=13)
-        rgbs = rgbs[:1].expand(15, 3)
-        ones = [torch.tensor(2.0).expand(shape) for shape in ((3, 3), (3,), (3,), (15,))]
-        views = strided(sigmas), rgbs, *map(strided, rest)
-        alone = sigmas, rgbs.clone(), *rest
-        for a, b in zip(composite_all(backend, views, ones), composite_all(backend, alone, ones)):
-            assert_close(a, b, 1e-14)
 
 
-@only_plain
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
-def test_every_float_type_is_kept(dtype):
-    """Low precision is no use for positions, but what goes in comes out."""
-    o, d, occupied = rays(9, seed=50)
-    t0, t1, offsets, _ = march(o.to(dtype), d.to(dtype), occupied, BOX, 0.3)
-    inputs = torch.ones(len(t0), dtype=dtype), torch.ones(len(t0), 3, dtype=dtype), t0, t1, offsets
-    found = [t0, t1, *composite_all("reference", inputs, cotangents_for(9, len(t0), 3))]
-    for name, backend in itertools.product(LOOKUPS, ("reference", "torch")):
-        inputs = LOOKUPS[name][2](9, 4, seed=51)
-        inputs = [a.to(dtype) if getattr(a, "dtype", 0) == F64 else a for a in inputs]
-        found += lookup(name, backend, inputs)
-    assert len(t0) and {a.dtype for a in found} == {dtype}
-    assert all(a.isfinite().all() for a in found)
+@over_lookup
+@pytest.mark.parametrize("name", ["voxel", "triplane"])
+def test_lookup_carries_no_gradient_to_x(backend, name):
+    x, *rest = LOOKUPS[name][2](7, 2, seed=30)
+    assert not run(LOOKUPS[name][0], backend, x.requires_grad_(), *rest).requires_grad
 
 
-@only_plain
-@over_lookups
-def test_on_the_cpu_results_repeat(name):
-    inputs = single(LOOKUPS[name][2](20000, 12, seed=52))
-    first, *others = (lookup(name, "auto", inputs) for _ in range(3))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+@over_plain
+def test_views_of_rays_and_samples(backend):
+    o, d, occupied = rays(6, seed=3)
+    shift = torch.tensor(0.25, dtype=F64).expand(6)
+    views = strided(o), d[:1].expand(6, 3), occupied.permute(2, 1, 0), BOX, 0.07, 0.0, INF, shift
+    alone = [a.clone(memory_format=torch.contiguous_format) if isinstance(a, torch.Tensor) else a
+             for a in views]
+    found, wanted = (run(march, backend, *inputs) for inputs in (views, alone))
+    assert len(found[0]) and all(map(torch.equal, found, wanted))
+    sigmas, rgbs, *rest = samples([6, 0, 9], seed=13)
+    rgbs = rgbs[:1].expand(15, 3)
+    ones = [torch.tensor(2.0).expand(shape) for shape in ((3, 3), (3,), (3,), (15,))]
+    views = strided(sigmas), rgbs, *map(strided, rest)
+    alone = sigmas, rgbs.clone(), *rest
+    for a, b in zip(composite_all(backend, views, ones), composite_all(backend, alone, ones)):
+        assert_close(a, b, 1e-14)
 
-
-# --------------------------------------------------------------------------- hash_encode by itself
 
 def test_hash_levels():
     assert MIXED == ((3, 7, 16, 40), (64, 512, 512, 512), (0, 64, 576, 1088, 1600),
                      (True, True, False, False))
     ngp = hash_levels(16, 16, 4096, 19)
     assert ngp.resolutions[:2] == (16, 23) and ngp.resolutions[-1] == 4096
-    assert ngp.dense == tuple((r + 1) ** 3 <= 2 ** 19 for r in ngp.resolutions)
-    assert ngp.offsets[1] == 17 ** 3 and ngp.sizes[-1] == 2 ** 19
     assert hash_levels(1, 8, 8, 4) == ((8,), (16,), (0, 16), (False,))
     for wrong in ((0, 16, 32, 10), (4, 0, 32, 10), (4, 64, 32, 10), (4, 16, 32, 31)):
         with pytest.raises(ValueError, match="hash_levels"):
@@ -623,34 +557,18 @@ def test_hash_levels():
 @over_lookup
 def test_hash_gradient_of_positions(backend):
     """Against central differences of the slow loop, hashed levels too; 0 outside the cube, axis by
-    axis. It does not depend on whether the table wants a gradient."""
+    axis. The table wants no gradient here."""
     x, table, _ = hash_problem(12, 2, seed=24, margin=0.3)
     cotangent, h = randn(12, 8, seed=25), 1e-7
     wanted = torch.zeros_like(x)
     for axis, e in enumerate(torch.eye(3, dtype=F64) * h):
         slopes = (slow_hash(x + e, table, MIXED) - slow_hash(x - e, table, MIXED)) / (2 * h)
         wanted[:, axis] = (slopes * cotangent).sum(1)
-    for want_table in (True, False):
-        wrt = [x.clone().requires_grad_(), table.clone().requires_grad_(want_table)]
-        out = run(hash_encode, backend, *wrt, MIXED)
-        d_x, *rest = grad(out, wrt[:1 + want_table], cotangent)
-        outside = (x < 0) | (x > 1)
-        assert outside.any() and not d_x[outside].any() and d_x[~outside].all()
-        assert_close(d_x, wanted, 1e-6)
-    assert not run(hash_encode, backend, x, table, MIXED).requires_grad
-
-
-# -------------------------------------------------------------------------- voxel_interp by itself
-
-@over_lookup
-def test_voxel_missing_corners_count_as_zero(backend):
-    """The docstring's example; and where nothing is, nothing comes out, whatever row 0 holds."""
-    links = torch.full((3, 2, 2), -1, dtype=torch.int32)
-    links[0, 0, 0], links[1, 0, 0] = 2, 1
-    values = torch.tensor([[1e30], [16.0], [8.0]], dtype=F64)
-    x = torch.tensor([[0.5, 0.0, 0.5], [0.2, 1.0, 0.4], [2.0, 0.5, 0.5]], dtype=F64)
-    out, d_values = lookup("voxel", backend, (x, links, values), torch.ones(3, 1))
-    assert out.tolist() == [[6], [0], [0]] and d_values.tolist() == [[0], [0.25], [0.25]]
+    x.requires_grad_()
+    d_x, = grad(run(hash_encode, backend, x, table, MIXED), x, cotangent)
+    outside = (x < 0) | (x > 1)
+    assert outside.any() and not d_x[outside].any() and d_x[~outside].all()
+    assert_close(d_x, wanted, 1e-6)
 
 
 @over_lookup
@@ -672,29 +590,12 @@ def test_voxel_links_beyond_values(backend):
     """An error on the CPU; in the kernels nothing, and nothing read or written outside."""
     x, links, values = voxel_problem(5, 4, 58, (2, 2, 2), 1.0)
     links[:] = 2 ** 30
+    mask = torch.ones(len(values), dtype=torch.bool)
     if backend == "triton":
-        mask = torch.ones(len(values), dtype=torch.bool)
-        out, d_values = lookup("voxel", backend, (x, links, values, mask))
-        assert not out.any() and not d_values.any()
+        assert not any(a.any() for a in lookup("voxel", backend, (x, links, values, mask)))
     else:
         with pytest.raises((IndexError, RuntimeError), match="out of bounds|range|Expected idx"):
             run(voxel_interp, backend, x, links, values)
-
-
-# ----------------------------------------------------------------------- triplane_interp by itself
-
-@over_lookup
-@pytest.mark.parametrize("H,W", [(8, 8), (5, 9)])
-def test_triplane_is_grid_sample(backend, H, W):
-    """The library's sampling, plane by plane."""
-    x, planes = triplane_problem(60, 12, 62, 2, H, W)
-    planes.requires_grad_()
-    wanted = sum(torch.nn.functional.grid_sample(
-        planes[:, plane].permute(0, 3, 1, 2), x[:, None][..., list(AXES[plane])],
-        align_corners=False)[:, :, 0].transpose(1, 2) for plane in range(3))
-    found = lookup("triplane", backend, (x, planes))
-    assert_close(found[0], wanted.detach(), 1e-13)
-    assert_close(found[1], grad(wanted, planes, randn(*wanted.shape, seed=99))[0], 1e-13)
 
 
 # ------------------------------------------------------------------------------ errors and choices
@@ -710,26 +611,20 @@ GOOD = {
     triplane_interp: dict(x=torch.ones(2, 4, 3), planes=torch.ones(2, 3, 4, 5, 2))}
 WRONG = {
     march: [("rays_o", torch.zeros(2, 2)), ("rays_d", torch.zeros(3, 3)), ("step", 0.0),
-            ("rays_d", torch.ones(2, 3).double()), ("occupied", torch.ones(2, 2, 2)),
-            ("jitter", torch.zeros(3)), ("aabb", torch.zeros(6)), ("step", NAN)],
-    composite: [("sigmas", torch.ones(4, 1)), ("rgbs", torch.ones(5, 3)), ("sigmas", [1.0]),
+            ("step", NAN), ("occupied", torch.ones(2, 2, 2)), ("jitter", torch.zeros(3)),
+            ("aabb", torch.zeros(6)), ("aabb", [[0, 0, 0], [1, 1, 1]])],
+    composite: [("sigmas", [1.0]), ("sigmas", torch.ones(4).long()), ("rgbs", torch.ones(5, 3)),
+                ("rgbs", torch.ones(4, 0)), ("t_starts", torch.zeros(4, device="meta")),
                 ("t_ends", torch.ones(4).double()), ("offsets", torch.tensor([0, 4]).int()),
                 ("offsets", torch.tensor([0, 5])), ("offsets", torch.tensor([0, 3, 2, 4])),
                 ("offsets", torch.tensor([1, 4])), ("offsets", torch.zeros(0).long()),
-                ("sigmas", torch.ones(4).long()), ("rgbs", torch.ones(4, 0)),
-                ("t_starts", torch.zeros(4, device="meta")), ("backend", "fast"),
-                ("backend", "torch")],
-    hash_encode: [("x", torch.ones(4, 2)), ("table", torch.ones(10, 2)),
-                  ("x", torch.ones(4, 3).double()), ("backend", "cuda")],
-    voxel_interp: [("x", torch.ones(4, 2)), ("x", torch.ones(4, 3).long()), ("links", [0]),
-                   ("links", torch.zeros(2, 3, 2)), ("links", torch.zeros(2, 1, 2).int()),
-                   ("values", torch.ones(5)), ("values", torch.ones(5, 0)),
-                   ("values", torch.ones(5, 4, device="meta")), ("mask", torch.ones(5)),
-                   ("mask", torch.ones(4, dtype=torch.bool))],
-    triplane_interp: [("x", torch.ones(4, 3)), ("x", torch.ones(3, 4, 3)), ("x", [0.0]),
-                      ("planes", torch.ones(2, 2, 4, 5, 2)), ("planes", torch.ones(2, 3, 4, 5)),
-                      ("planes", torch.ones(2, 3, 0, 5, 2)), ("planes", torch.ones(2, 3, 4, 5, 0)),
-                      ("planes", torch.ones(2, 3, 4, 5, 2).double())]}
+                ("backend", "fast"), ("backend", "torch")],
+    hash_encode: [("x", torch.ones(4, 2)), ("table", torch.ones(10, 2)), ("backend", "cuda")],
+    voxel_interp: [("x", torch.ones(4, 3).long()), ("links", torch.zeros(2, 3, 2)),
+                   ("links", torch.zeros(2, 1, 2).int()), ("values", torch.ones(5, 0)),
+                   ("mask", torch.ones(5)), ("mask", torch.ones(4, dtype=torch.bool))],
+    triplane_interp: [("x", torch.ones(3, 4, 3)), ("planes", torch.ones(2, 2, 4, 5, 2)),
+                      ("planes", torch.ones(2, 3, 0, 5, 2))]}
 
 
 @pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__name__)
@@ -753,8 +648,8 @@ def test_triton_backend_on_cpu_tensors_says_why_not():
 def test_import_without_triton():
     """As on macOS and Windows."""
     code = ("import sys; sys.modules['triton'] = None\nimport torch, kernels\n"
-            "inputs = (*torch.ones(2, 2), torch.zeros(2), torch.ones(2), torch.tensor([0, 2]))\n"
-            "inputs = torch.ones(2), torch.ones(2, 3), *inputs[2:]\nkernels.composite(*inputs)\n"
+            "one, ray = torch.ones(1), torch.tensor([0, 1])\n"
+            "inputs = one, torch.ones(1, 3), 0 * one, one, ray\nkernels.composite(*inputs)\n"
             "try: kernels.composite(*inputs, backend='triton')\n"
             "except RuntimeError as error: print(error)\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -768,7 +663,7 @@ def test_check_and_time(monkeypatch, capsys):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = [line.split(" | ") for line in done.stdout.splitlines()[4:]]
-    assert {row[2].strip(" |") for row in rows} == {"ok"}
+    assert all(row[2].strip(" |") == ("-" if row[1] == "reference" else "ok") for row in rows)
     assert len(rows) == (8 if kernels.NO_TRITON else 13)
     right = kernels._HashTorch.backward
     monkeypatch.setattr(kernels._HashTorch, "backward", staticmethod(
@@ -835,8 +730,7 @@ def launches(monkeypatch):
 
 
 def launch_everything(R=33, every_shape=False):
-    """Call the operations with sizes of the scripts' presets: occupancy grid, channels, (levels,
-    features) of hash grids, features of voxels and planes. The first of each is always launched."""
+    """Call the operations with sizes of the scripts' presets, at least the first of each."""
     sizes = [((128, 128, 128), 3, (8, 4), 28, 32)]
     if every_shape:
         sizes += [((97, 50, 33), 1, (16, 2), 13, 12), ((32, 32, 32), 8, (6, 4), 1, 12),
@@ -882,10 +776,7 @@ def narrow_offsets(ttir):
 
 
 def disassemble(compiled, folder):
-    """Registers, bytes of local memory, SASS."""
     tool = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"this Triton comes without {tool}")
     (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     usage, sass = (subprocess.run([tool, flag, folder / "kernel.cubin"], capture_output=True,
                                   text=True, check=True).stdout
@@ -931,15 +822,6 @@ def test_sizes_that_change_do_not_compile_anew(launches):
         if R == 33:
             compiled = {id(code) for _, _, code in launches}
     assert compiled == {id(code) for _, _, code in launches}
-
-
-def test_narrow_offsets_are_found():
-    ttir = ("%a = tt.get_program_id x : i32 loc(#l)\n%b = arith.extsi %a : i32 to i64 loc(#l)\n"
-            "%c = arith.muli %b, %k : i64 loc(#l)\n")
-    assert not narrow_offsets(ttir)
-    assert len(narrow_offsets(ttir + "%d = arith.muli %a, %k : i32 loc(#l)\n")) == 1
-    assert len(narrow_offsets("%d = tt.splat %N : i32 -> tensor<4xi32>\n"
-                              "%e = arith.addi %d, %k : tensor<4xi32> loc(#l)")) == 1
 
 
 @pytest.mark.skipif(not CUDA or INTERPRET, reason="no CUDA device")

@@ -4,18 +4,16 @@ import dataclasses
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common
+from conftest import ROOT
 
 README = ROOT / "README.md"
-TEXT = README.read_text() if README.is_file() else ""
-pytestmark = pytest.mark.skipif(not TEXT, reason="there is no README.md")
+TEXT = README.read_text()
+PAGES = [README, *sorted((ROOT / ".github/results").glob("*.md"))]
 
 
 def commands():
@@ -53,29 +51,18 @@ def test_command_parses(words, monkeypatch, capsys):
         assert dataclasses.is_dataclass(seen[0])
 
 
-def test_there_are_commands():
-    assert any(words[0] == "soft_mining.py" for words in commands())
-
-
-PAGES = [README, *sorted((ROOT / ".github/results").glob("*.md"))]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_and_pictures_exist(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     names = [link.split("#")[0] for link in links
              if "://" not in link and not link.startswith(("#", "mailto:"))]
-    assert names
-    missing = [name for name in names if not (page.parent / name).exists()]
-    assert not missing
+    assert names and not [name for name in names if not (page.parent / name).exists()]
 
 
-def test_readme_links_to_every_page_of_results_and_is_short():
-    assert all(f"(.github/results/{page.name})" in TEXT for page in PAGES[1:])
+def test_readme_is_short_and_leads_to_everything():
     assert README.stat().st_size <= 24_000
-
-
-def test_every_picture_is_shown():
+    assert any(words[0] == "soft_mining.py" for words in commands())
+    assert all(f"(.github/results/{page.name})" in TEXT for page in PAGES[1:])
     shown = "".join(page.read_text() for page in PAGES)
     pictures = [path.name for path in (ROOT / ".github/images").iterdir()]
     assert not [name for name in pictures if f"images/{name})" not in shown]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 from common import UserError
-from conftest import content, real
+from conftest import assert_malformed, change_file, real, write_llff
 
 WHITE = torch.ones(3)
 FOCAL = 0.5 / math.tan(0.35)                # of the tiny scenes, in widths of a picture
@@ -79,13 +79,7 @@ def load(folder, **more):
 
 
 def refused(folder, *words, **more):
-    """A line that names the folder and these words, and nothing harmed."""
-    before = content(folder)
-    with pytest.raises(UserError) as error:
-        load(folder, **more)
-    line = str(error.value)
-    assert all(word in line for word in (str(folder), *words)) and "\n" not in line, line
-    assert content(folder) == before
+    assert_malformed(lambda: load(folder, **more), folder, *words)
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +98,6 @@ def assert_as_plain(scene, plain, pixels=1e-6):
 
 # ------------------------------------------------------------------------------------------ rays
 
-def test_pixel_rays_by_hand():
-    K = torch.tensor([[10.0, 0, 4], [0, 20, 3], [0, 0, 1]])
-    c2w = torch.tensor([[1.0, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 7]]).expand(3, 3, 4)
-    o, d = common.pixel_rays(torch.tensor([[4.0, 3.0], [14.0, 3.0], [4.0, 23.0]]), K, c2w)
-    s = math.sqrt(0.5)
-    assert torch.equal(o, torch.tensor([5.0, 6, 7]).expand(3, 3))
-    assert torch.allclose(d, torch.tensor([[0, 0, -1.0], [s, 0, -s], [0, -s, -s]]))
-
-
 def test_pixel_rays_are_the_inverse_of_projection_and_differentiable():
     torch.manual_seed(0)
     K = torch.tensor([[50.0, 0, 31], [0, 40, 17], [0, 0, 1]], dtype=torch.float64)
@@ -125,26 +110,19 @@ def test_pixel_rays_are_the_inverse_of_projection_and_differentiable():
     assert torch.autograd.gradcheck(lambda x: common.pixel_rays(x, K, c2w)[1], xy.requires_grad_())
 
 
-def test_view_rays_order_is_row_by_row(plain):
-    o, d = common.view_rays(plain.train, 1, False)
-    at = torch.tensor([[4.5, 2.5]])                             # row 2, column 4
-    expected = common.pixel_rays(at, plain.train.K[1], plain.train.c2w[1:2])[1][0]
-    assert torch.equal(d[2 * 24 + 4], expected) and d.shape == (24 * 24, 3)
-
-
 def test_ndc_ray_goes_through_the_images_of_the_ray_s_points():
     torch.manual_seed(0)
-    H, W, near = 30, 40, 1.0
+    H, W = 30, 40
     K = torch.tensor([[35.0, 0, 20], [0, 33, 15], [0, 0, 1]], dtype=torch.float64)
     o = torch.randn(50, 3, dtype=torch.float64) * 0.2
     d = torch.cat([torch.randn(50, 2, dtype=torch.float64) * 0.3, -torch.ones(50, 1)], -1)
     d = torch.nn.functional.normalize(d, dim=-1)
-    no, nd = common.ndc_rays(o, d, K, H, W, near)
+    no, nd = common.ndc_rays(o, d, K, H, W)
     one = torch.ones(50, dtype=torch.float64)
     assert torch.allclose(no[:, 2], -one) and torch.allclose(nd.norm(dim=-1), one)
     for t in (2.0, 5.0, 100.0):
         x, y, z = (o + t * d).T
-        image = torch.stack([-2 * 35 / W * x / z, -2 * 33 / H * y / z, 1 + 2 * near / z], -1)
+        image = torch.stack([-2 * 35 / W * x / z, -2 * 33 / H * y / z, 1 + 2 / z], -1)
         off = image - no
         assert torch.allclose(torch.linalg.cross(off, nd), torch.zeros_like(off), atol=1e-12)
         assert ((off * nd).sum(-1) > 0).all() and (image[:, 2] < 1).all()
@@ -187,44 +165,26 @@ def test_a_scene_without_alpha_and_one_as_it_is_on_disk(tmp_path, plain):
     assert (plain.near, plain.far) == (2, 6) and plain.aabb.tolist() == [[-1.5] * 3, [1.5] * 3]
 
 
-def test_splits(tmp_path):
-    folder = write_scene(tmp_path / "data/nerf_synthetic/lego")
-    scene = common.load_scene("lego", tmp_path / "data")
-    assert len(scene.test.names) == len(scene.train.names) == 9 and scene.kind == "blender"
-    refused(folder, "--size", size=25)
-    for size in (0, -3):
-        with pytest.raises(UserError, match="--size"):
-            load(folder, size=size)
-
-
-def test_lookup(tmp_path, capsys):
-    write_scene(tmp_path / "nerf_synthetic/mine", n=2)
-    with pytest.raises(UserError, match="nerf_synthetic/mine.*bricks"):
-        common.load_scene("legoo", tmp_path)
-    for name in ("", "stage", "basketball", "cars_train"):
-        with pytest.raises(UserError, match="not found"):
-            common.load_scene(name, tmp_path)
+def test_lookup(tmp_path, capsys, monkeypatch):
+    folder = write_scene(tmp_path / "nerf_synthetic/mine", n=2)
+    for size in (25, 0, -3):
+        refused(folder, "--size", size=size)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no poses_bounds.npy"):
-        common.load_scene("empty", tmp_path)
-    for bad in ("pink", ""):
-        with pytest.raises(UserError, match="background"):
-            common.load_scene("mine", tmp_path, bg=bad)
+    for name, named in (("legoo", "nerf_synthetic/mine.*bricks"), ("", "not found"),
+                        ("stage", "not found"), ("basketball", "not found"),
+                        ("cars_train", "not found"), ("empty", "empty: no poses_bounds.npy")):
+        with pytest.raises(UserError, match=named):
+            common.load_scene(name, tmp_path)
     capsys.readouterr()
+    box = common.Shape(common.BOX, (0, 0, 0), (1, 1, 1), common.RED)
+    monkeypatch.setattr(common, "truck", lambda: [box])                 # is soon drawn
     scene = common.load_scene("lego", tmp_path, size=8)
     message = capsys.readouterr().err
     assert scene.kind == "builtin" and scene.name == "bricks" and len(message.splitlines()) >= 3
     assert "USING THE BUILT-IN SCENE" in message and "common.py download lego" in message
-    assert common.load_scene("mine", tmp_path).kind == "blender"
-    assert capsys.readouterr().err == ""
-
-
-def test_another_folder_of_the_same_name_is_no_obstacle(tmp_path, monkeypatch):
-    """Where a run's folder is called like the scene, the scene under --data is still found."""
-    write_scene(tmp_path / "data/mine", n=2)
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert common.load_scene("mine", Path("data")).kind == "blender"
+    (tmp_path / "here/mine").mkdir(parents=True)        # a run's folder that is called like a scene
+    monkeypatch.chdir(tmp_path / "here")
+    assert common.load_scene("mine", tmp_path).kind == "blender" and capsys.readouterr().err == ""
 
 
 # -------------------------------------------------------------- Blender: what else a file may state
@@ -275,14 +235,15 @@ def test_intrinsics_beside_the_angle(tmp_path):
         assert torch.allclose(K, torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])), name
 
 
-def test_lens_distortion_is_refused_and_zeros_pass(tmp_path, capsys, plain):
+def test_lens_distortion_and_masks_are_refused_and_zeros_pass(tmp_path, capsys, plain):
     scene = write_scene(tmp_path / "zeros", meta={"k1": 0, "k2": 0.0, "camera_model": "OPENCV"})
     capsys.readouterr()
     assert_as_plain(load(scene), plain)
     assert capsys.readouterr().err == ""
     for i, meta in enumerate(({"camera_model": "OPENCV_FISHEYE"}, {"is_fisheye": True},
-                              {"k1": -0.01}, {"p2": 0.01}, {"k4": "much"})):
-        refused(write_scene(tmp_path / str(i), meta=meta), "lens distortion", "undistort")
+                              {"k1": -0.01}, {"p2": 0.01}, {"k4": "much"},
+                              {"mask_path": "mask.png"})):
+        refused(write_scene(tmp_path / str(i), meta=meta), "lens distortion", "undistort", "alpha")
     refused(write_scene(tmp_path / "frame", frame=lambda v: {"k2": 0.1 * (v == 5)}), "undistort")
 
 
@@ -293,12 +254,6 @@ def test_a_principal_point_that_speaks_of_another_size(tmp_path):
     refused(write_scene(tmp_path / "c", meta={**full, "cx": 19, "cy": 19}), "38x38")
     load(write_scene(tmp_path / "d", meta={**full, "w": 48, "h": 48}))
     refused(write_scene(tmp_path / "e", 24, 18, meta={"w": 80, "h": 60}), "80x60", "18x24")
-
-
-def test_masks_are_refused(tmp_path):
-    refused(write_scene(tmp_path / "all", meta={"mask_path": "mask.png"}), "mask_path", "alpha")
-    refused(write_scene(tmp_path / "one", frame=lambda v: {"mask_path": "masks/5.png"} if v == 5
-                        else {}), "masks", "alpha")
 
 
 # ------------------------------------------------------------------------------------ pixel formats
@@ -320,30 +275,23 @@ def palette(file, image):
     out.save(file, transparency=255)
 
 
-def grey_value_that_is_transparent(file, image):
-    grey = np.where(image[..., 3] > 0, np.asarray(Image.fromarray(image[..., :3]).convert("L")), 1)
-    Image.fromarray(grey.astype(np.uint8)).save(file, transparency=1)
+def transparent_black(file, image):
+    Image.fromarray(image[..., :3]).save(file, transparency=(0, 0, 0))
 
 
 FORMATS = {                                     # how it is stored, its ending, mean error, alpha?
     "CMYK": (convert("CMYK", quality=98), "jpg", 0.02, False),
     "palette": (convert("P"), "png", 0.05, False),
     "palette with transparency": (palette, "png", 0.02, True),
-    "transparent grey": (grey_value_that_is_transparent, "png", 0.2, True),
+    "a transparent colour": (transparent_black, "png", 1e-6, True),
 }
 
 
 @pytest.mark.parametrize("what", FORMATS)
 def test_pixel_formats(tmp_path, what, plain):
-    """Against the plain scene, or its grey where a format has no colour."""
     save, ending, tolerance, alpha = FORMATS[what]
     scene = load(write_scene(tmp_path / "scene", save=save, name="{}." + ending))
-    expected = plain.train.images
-    if "grey" in what:
-        weights = torch.tensor([0.299, 0.587, 0.114])
-        expected = (expected @ weights)[..., None].expand_as(expected)
-        tolerance = 0.005
-    assert (scene.train.images - expected).abs().mean() < tolerance
+    assert (scene.train.images - plain.train.images).abs().mean() < tolerance
     assert (scene.train.alpha is not None) == alpha
     if alpha:
         assert torch.equal(scene.train.alpha, plain.train.alpha)
@@ -437,6 +385,7 @@ def test_one_file_without_splits(tmp_path, capsys, plain):
         assert "every 8th" in capsys.readouterr().err
         assert scene.test.names == ["./train/0.png", "./train/8.png"]
         assert torch.equal(scene.train.images, plain.train.images[1:8])
+    refused(write_scene(tmp_path / "1", n=1, splits=("train",)), "one view only")
 
 
 def capitals(folder):
@@ -453,14 +402,9 @@ def each(**values):
     return change
 
 
-def with_mark(folder):
-    for file in folder.glob("*.json"):
-        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-
-
 SPELLINGS = {
     "backslashes": lambda f: rewrite(f, each(file_path=lambda x: x[2:].replace("/", "\\"))),
-    "byte-order mark": with_mark,
+    "byte-order mark": change_file("*.json", lambda old: b"\xef\xbb\xbf" + old),
     "capitals": capitals,
     "capitals, no ending": lambda f: capitals(rewrite(f, each(file_path=lambda x: x[:-4]))),
     "no ending": lambda f: rewrite(f, each(file_path=lambda x: x[:-4])),
@@ -492,27 +436,16 @@ def _matrix(value):
     return _train(lambda meta: meta["frames"][1].update(transform_matrix=value))
 
 
-def _file(name, data):
-    """A file with other bytes, a part of its own (slice), or none (None)."""
-    def harm(folder):
-        if data is None:
-            (folder / name).unlink()
-        else:
-            old = (folder / name).read_bytes()
-            (folder / name).write_bytes(old[data] if isinstance(data, slice) else data)
-    return harm
-
-
 def _picture(name, *shape):
     return lambda folder: iio.imwrite(folder / name, np.zeros(shape, np.uint8))
 
 
 MALFORMED_BLENDER = {
-    "no json": (_file("transforms_train.json", None), "transforms.json: not usable"),
-    "broken": (_file("transforms_train.json", b"{"), "transforms_train.json: not usable"),
-    "a list": (_file("transforms_train.json", b"[1]"), "not usable"),
-    "missing image": (_file("train/1.png", None), "1.png: not usable"),
-    "cut image": (_file("train/1.png", slice(150)), "1.png: not usable"),
+    "no json": (change_file("transforms_train.json"), "transforms.json: not usable"),
+    "broken": (change_file("transforms_train.json", lambda _: b"{"), "train.json: not usable"),
+    "a list": (change_file("transforms_train.json", lambda _: b"[1]"), "not usable"),
+    "missing image": (change_file("train/1.png"), "1.png: not usable"),
+    "cut image": (change_file("train/1.png", lambda old: old[:150]), "1.png: not usable"),
     "odd size": (_picture("train/1.png", 8, 10, 4), "1.png: not 24x24 px as 0.png"),
     "NaN pose": (_matrix((np.eye(4) * np.nan).tolist()), "matrix of ./train/1.png"),
     "ragged pose": (_matrix([[1, 2], [3]]), "matrix of ./train/1.png"),
@@ -531,23 +464,6 @@ MALFORMED_BLENDER = {
 
 # ------------------------------------------------------------------------------------------ LLFF
 
-def write_llff(folder, n=9, factor=4, H=12, W=16, focal=lambda v: 100.0, name="im{:03d}.png",
-               c2w=None):
-    """Cameras on a line, all looking along -z of the world, or `c2w`; returns their pixels."""
-    sub = folder / f"images_{factor}"
-    sub.mkdir(parents=True)
-    pixels = np.random.default_rng(1).integers(0, 256, (n, H, W, 3), dtype=np.uint8)
-    rows = []
-    for v in range(n):
-        iio.imwrite(sub / name.format(v), pixels[v])
-        line = np.column_stack([np.eye(3), [float(v), 10.0, 3.0]])
-        right, up, back, position = (line if c2w is None else c2w[v])[:3].T
-        matrix = np.stack([-up, right, back, position, [H * factor, W * factor, focal(v)]], -1)
-        rows.append([*matrix.ravel(), 6.0, 50.0])       # columns: down, right, backwards
-    np.save(folder / "poses_bounds.npy", np.array(rows))
-    return pixels
-
-
 def as_bytes(images):
     return (images * 255).round().byte().numpy()
 
@@ -559,7 +475,7 @@ def test_llff_with_a_known_answer(tmp_path):
     assert np.array_equal(as_bytes(scene.test.images), pixels[[0, 8]])
     assert scene.train.K[6].tolist() == [[25, 0, 8], [0, 25, 6], [0, 0, 1]]
     c2w = torch.cat([scene.test.c2w[:1], scene.train.c2w, scene.test.c2w[1:]])      # 0, 1..7, 8
-    x = (torch.arange(9.0) - 4) / (6.0 * 0.75)          # nearest depth 6 -> 1/0.75, mean camera 1
+    x = 0.1 * (torch.arange(9.0) - 4) / (2.0 * 0.75)    # nearest depth 2 -> 1/0.75, mean camera 1
     assert torch.allclose(c2w[:, :, :3], torch.eye(3).expand(9, 3, 3), atol=1e-6)
     assert torch.allclose(c2w[:, :, 3], torch.stack([x, 0 * x, 0 * x], -1), atol=1e-6)
     o, d = common.view_rays(scene.test, 0, True)
@@ -587,10 +503,10 @@ def test_llff_with_a_focal_length_a_row(tmp_path):
     point = torch.tensor([0.1, -0.2, -3.0])
     there = torch.tensor([-2 * 25 / 16 * 0.1 / -3, -2 * 25 / 12 * -0.2 / -3, 1 + 2 / -3])
     for views in (scene.train, scene.test):
-        for K, c2w in zip(views.K, views.c2w):
+        for v, (K, c2w) in enumerate(zip(views.K, views.c2w)):
             x, y, z = (point - c2w[:, 3]) @ c2w[:, :3]
             xy = torch.stack([K[0, 2] - K[0, 0] * x / z, K[1, 2] + K[1, 1] * y / z])[None]
-            o, d = common.to_ndc(views, *common.pixel_rays(xy, K, c2w[None]))
+            o, d = common.camera_rays(views, torch.tensor([v]), xy, True)
             assert torch.linalg.cross(there - o[0], d[0]).norm() < 1e-5
 
 
@@ -611,8 +527,8 @@ MALFORMED_LLFF = {
     "zeros": (lambda f: np.save(f / "poses_bounds.npy", np.zeros((9, 17))), "positive"),
     "ones": (lambda f: np.save(f / "poses_bounds.npy", np.ones((9, 17))), "row 0 is not a"),
     "NaN": (lambda f: np.save(f / "poses_bounds.npy", np.full((9, 17), np.nan)), "finite"),
-    "cut": (_file("poses_bounds.npy", b"\x93NUM"), "not usable"),
-    "count": (_file("images_4/im003.png", None), "8 images, but 9 poses"),
+    "cut": (change_file("poses_bounds.npy", lambda old: old[:4]), "not usable"),
+    "count": (change_file("images_4/im003.png"), "8 images, but 9 poses"),
     "shape": (lambda f: [_picture(f"images_4/im{v:03d}.png", 16, 12, 3)(f) for v in range(9)],
               "64x48", "12x16"),
     "no pictures": (lambda f: (f / "images_4").rename(f / "pictures"), "no images/"),
@@ -624,7 +540,7 @@ MALFORMED_LLFF = {
 SHIFT = np.array([10, -20, 600])
 
 
-def write_dtu(folder, n=9, H=6, W=8, sign=1.0, name="{:06d}", cameras="cameras.npz"):
+def write_dtu(folder, n=9, H=6, W=8, sign=1.0, cameras="cameras.npz"):
     """Cameras on one side of an object of size 50 at SHIFT, by their projection times `sign`.
 
     Returns pixels (n, H, W, 3), masks (n, H, W), rotations to OpenCV's camera (n, 3, 3), positions.
@@ -636,7 +552,7 @@ def write_dtu(folder, n=9, H=6, W=8, sign=1.0, name="{:06d}", cameras="cameras.n
     masks = rng.integers(0, 256, (n, H, W), dtype=np.uint8)
     arrays, rotations, positions = {}, [], []
     for v in range(n):
-        iio.imwrite(folder / "image" / f"{name.format(v)}.png", pixels[v])
+        iio.imwrite(folder / "image" / f"{v:06d}.png", pixels[v])
         mask = masks[v] if v % 2 else np.stack([masks[v]] * 3, -1)
         iio.imwrite(folder / "mask" / f"{v:03d}.png", mask)
         position = 3 * np.array([np.cos(0.2 * v), 0.3 * np.sin(2.0 * v), -np.sin(0.2 * v)])
@@ -703,9 +619,6 @@ def test_dtu_pictures_masks_split_and_lookup(tmp_path):
     shutil.rmtree(folder / "mask")
     scene = common.load_scene("toy", tmp_path)
     assert scene.train.mask is None and common.join_views(scene.train, scene.test).mask is None
-    pixels = write_dtu(tmp_path / "numbers", n=11, name="{}")[0]        # 10.png follows 9.png
-    views = common.load_dtu(tmp_path / "numbers", None, WHITE)
-    assert np.array_equal(as_bytes(views.images), pixels)
 
 
 def test_dtu_projections_are_known_up_to_a_factor_and_under_neus_s_name(tmp_path):
@@ -741,17 +654,17 @@ MALFORMED_DTU = {
     "last one": (_cameras(lambda c: c.pop("world_mat_8")), "9 PNG or JPG files, but 8 cameras"),
     "3x4": (_cameras(lambda c: c.update(world_mat_3=np.eye(3, 4))), "world_mat_i must be 9x4x4"),
     "NaN": (_set("world_mat_4", (0, 3), np.nan), "world_mat_i must be 9x4x4 finite"),
-    "zeros": (_set("world_mat_5", slice(None), 0), "world_mat_5 is singular"),
+    "zeros": (_set("world_mat_5", slice(None), 0), "not usable (LinAlgError: Singular"),
     "skew": (_cameras(lambda c: c["world_mat_6"].__iadd__(0.1 * c["world_mat_6"][[1, 0, 2, 3]])),
              "skew"),
     "uneven": (_set("scale_mat_7", (1, 1), 51), "scale_mat_i must be [s I"),
     "mirrored": (_scale(-50), "scale_mat_i must be [s I"),
     "another shift": (_set("scale_mat_7", (0, 3), 11), "scale_mat_i must be [s I"),
-    "cut archive": (_file("cameras.npz", slice(3000)), "cameras.npz: not usable"),
+    "cut archive": (change_file("cameras.npz", lambda old: old[:3000]), "cameras.npz: not usable"),
     "no folder": (lambda f: (f / "image").rename(f / "rgb"), "image: 0 PNG or JPG files, but 9"),
     "one more": (_picture("image/000009.png", 6, 8, 3), "image: 10 PNG or JPG files, but 9"),
     "image of another size": (_picture("image/000003.png", 6, 9, 3), "000003.png: not 8x6"),
-    "mask gone": (_file("mask/003.png", None), "mask: 8 PNG or JPG files"),
+    "mask gone": (change_file("mask/003.png"), "mask: 8 PNG or JPG files"),
     "reduced without its cameras": (
         lambda f: [_picture(file.relative_to(f), 3, 4, 3)(f) for file in f.glob("*/*.png")],
         "principal point (4.7, 3.1) in pictures of 4x3", "9x6"),
@@ -770,11 +683,6 @@ def test_malformed_scene_is_one_line_that_names_it(tmp_path, layout, what):
     refused(tmp_path / "scene", *words)
 
 
-def test_one_view_cannot_be_split(tmp_path):
-    write_dtu(tmp_path / "one", n=1)
-    refused(tmp_path / "one", "one view only")
-
-
 # ------------------------------------------------------------------------------------- real data
 
 def test_real_lego():
@@ -782,8 +690,6 @@ def test_real_lego():
     scene = common.load_scene("lego", data, size=100)
     assert scene.train.images.shape == (100, 100, 100, 3)
     assert scene.test.images.shape == (25, 100, 100, 3) and (scene.near, scene.far) == (2, 6)
-    distance = scene.train.c2w[:, :, 3].norm(dim=-1)
-    assert torch.allclose(distance, torch.tensor(4.0311), atol=1e-3)
     image = iio.imread(data / "nerf_synthetic/lego/train/r_7.png").astype(np.float64) / 255
     expected = image[..., :3] * image[..., 3:] + 1 - image[..., 3:]
     expected = expected.reshape(100, 8, 100, 8, 3).mean((1, 3))

@@ -9,7 +9,7 @@ import torch
 
 import common
 from common import UserError
-from conftest import real
+from conftest import assert_malformed, change_file, real
 
 
 def project(points, K, c2w):
@@ -19,15 +19,11 @@ def project(points, K, c2w):
 
 
 def refused(path, *named):
-    """The loader says in one line what is wrong, and where."""
-    with pytest.raises(UserError) as error:
+    def load():
         video = common.load_video(str(path), ".")
         video.read(0)
         video.read(1)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1 and str(path) in message
-    for word in named:
-        assert word in message, message
+    assert_malformed(load, path, *named)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +33,7 @@ def film():
     return video, [video.read(t) for t in range(6)]
 
 
-# ---------------------------------------------------------------------- films and frame folders
-
-def write_n3dv(video, folder, frames, name="cam{:02d}.mp4"):
+def write_n3dv(video, folder, frames):
     """A film a camera, and poses_bounds.npy -> the order of the cameras: video.test[0] is first."""
     folder.mkdir(parents=True)
     first = video.test[0]
@@ -48,8 +42,8 @@ def write_n3dv(video, folder, frames, name="cam{:02d}.mp4"):
     for i, v in enumerate(order):
         pixels = np.stack([(view.images[v].numpy() * 255).round().astype(np.uint8)
                            for view in views])
-        iio.imwrite(folder / name.format(i), pixels, fps=25, codec="libx264", macro_block_size=1,
-                    pixelformat="yuv444p", output_params=["-crf", "6"])
+        iio.imwrite(folder / f"cam{i:02d}.mp4", pixels, fps=25, codec="libx264",
+                    macro_block_size=1, pixelformat="yuv444p", output_params=["-crf", "6"])
         _, d = common.view_rays(views[0], v, False)
         ahead = -(d @ video.c2w[v, :, 2])
         z = torch.cat([view.depth[v].flatten() * ahead for view in views])
@@ -110,29 +104,17 @@ def test_films_round_trip(clip, film):
         moved = scale * (one[:, :, 3] - pi) @ Ri
         assert torch.allclose(moved, (two[:, :, 3] - qi) @ Si, atol=1e-5)
     assert torch.allclose(video.c2w[:, :, 3].mean(0), torch.zeros(3), atol=1e-5)
-    for v in range(14):                         # what is seen lies in the box, in NDC too
-        grid = common.pixel_grid(32, 32)
-        o, d = common.pixel_rays(grid, video.K[v], video.c2w[v].expand(len(grid), 3, 4))
-        depth = views[0].depth[order[v]].flatten()
-        x, y, z = (o + scale * depth[:, None] * d)[depth > 0].unbind(-1)
-        focal = video.K[v, 0, 0] / 16
-        point = torch.stack([-focal * x / z, -focal * y / z, 1 + 2 / z], -1)
-        assert (point > video.aabb[0]).all() and (point < video.aabb[1]).all()
-        near_o, near_d = (a[depth > 0] for a in common.view_rays(video.read(0), v, True))
-        along = ((point - near_o) * near_d).sum(-1, keepdim=True)
-        assert torch.allclose(near_o + along * near_d, point, atol=1e-4)
-        assert (along > video.near).all() and (along < video.far).all()
 
 
-def test_films_shrink_like_pictures(clip):
-    full = common.load_video(str(clip[0]), ".")
-    half = common.load_video(str(clip[0]), ".", size=16, frames=2)
+def test_films_shrink_like_pictures(short):
+    full = common.load_video(str(short), ".")
+    half = common.load_video(str(short), ".", size=16, frames=2)
     assert (half.H, half.W, half.frames) == (16, 16, 2)
     assert torch.allclose(half.K[:, :2], full.K[:, :2] / 2)
-    mean = full.read(1).images.reshape(14, 16, 2, 16, 2, 3).mean((2, 4))
+    mean = full.read(1).images.reshape(3, 16, 2, 16, 2, 3).mean((2, 4))
     assert torch.allclose(half.read(1).images, mean, atol=1e-5)
     with pytest.raises(UserError, match="--size 33 must be 1 to"):
-        common.load_video(str(clip[0]), ".", size=33)
+        common.load_video(str(short), ".", size=33)
 
 
 def test_films_are_decoded_in_order_and_let_go(short, monkeypatch):
@@ -155,23 +137,15 @@ def test_films_are_decoded_in_order_and_let_go(short, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cam_{}.mp4", "cam{}.MP4", "cam_{:02d}.mov"])
-def test_names_of_films(film, tmp_path, name):
+def test_names_of_films(short, name):
     """By number: cam_10 comes after cam_9. What macOS leaves beside them is no film."""
-    order = write_n3dv(film[0], tmp_path / "meetroom/a", 1, name)
-    (tmp_path / "meetroom/a" / f"._{name.format(0)}").write_bytes(b"Mac OS X")
-    video = common.load_video("a", tmp_path)
-    assert video.names == [name.rpartition(".")[0].format(i) for i in range(14)]
-    assert (video.read(0).images - film[1][0].images[order]).abs().mean() < 0.01
-
-
-def test_a_focal_length_a_row(short):
-    rows = np.load(short / "poses_bounds.npy")
-    rows[:, 14] = [30, 40, 50]                  # of pictures that are 32 px wide
-    np.save(short / "poses_bounds.npy", rows)
-    video = common.load_video(str(short), ".", size=16)
-    assert torch.allclose(video.K[:, 0, 0], torch.tensor([15.0, 20.0, 25.0]))
-    assert torch.equal(video.K[:, 1, 1], video.K[:, 0, 0]) and (video.K[:, :2, 2] == 8).all()
-    assert torch.equal(video.read(0).K, video.K)
+    wanted = common.load_video(str(short), ".").read(0).images
+    for i, film in zip((2, 9, 10), sorted(short.glob("cam*"))):
+        film.rename(short / name.format(i))
+    (short / f"._{name.format(0)}").write_bytes(b"Mac OS X")
+    video = common.load_video(str(short), ".")
+    assert video.names == [name.rpartition(".")[0].format(i) for i in (2, 9, 10)]
+    assert torch.equal(video.read(0).images, wanted)
 
 
 @pytest.mark.parametrize("poses_in_frames", [False, True])
@@ -200,8 +174,6 @@ def test_films_of_unequal_length(short, capsys):
     note = capsys.readouterr().err
     assert video.frames == 4 and note.startswith("note: ") and "4 to 6 frames" in note
     video.read(3)
-    with pytest.raises(UserError, match="frame 4 does not exist"):
-        video.read(4)
     assert len(note.splitlines()) == 1 and capsys.readouterr().err == ""
     assert [common.load_video(str(short), ".", frames=n).frames for n in (2, 99)] == [2, 4]
 
@@ -224,23 +196,19 @@ def wide_film(folder):
     iio.imwrite(folder / "cam02.mp4", pixels, fps=25, macro_block_size=1)
 
 
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
 SMALL = np.zeros((8, 8, 3), np.uint8)
 BAD_N3DV = [
-    (lambda f: (f / "poses_bounds.npy").unlink(), "poses_bounds.npy: not usable"),
+    (change_file("poses_bounds.npy"), "poses_bounds.npy: not usable"),
     (rows(lambda a: a[:, :16]), "x17 finite numbers"),
     (rows(lambda a: a[:2]), "3 cameras, but 2 rows in poses_bounds.npy"),
     (rows(lambda a: a * np.where(np.arange(17) == 4, 2, 1)), "turned or cropped"),
     (rows(lambda a: a[:1]), "one camera only"),
-    (lambda f: cut(f / "cam01.mp4", 1500), "cam01.mp4: not usable (EOFError: the film is broken"),
+    (change_file("cam01.mp4", lambda old: old[:1500]), "cam01.mp4: not usable (EOFError: the film"),
     (wide_film, "all films must have one size"),
-    (lambda f: [film.unlink() for film in f.glob("*.mp4")], "no camNN.mp4"),
-    (in_frames(lambda f: (f / "0001/images/cam01.png").unlink()), "frame 1: 2 cameras, but 3 rows"),
-    (in_frames(lambda f: (f / "poses_bounds.npy").unlink()), "0000/poses_bounds.npy: not usable"),
-    (in_frames(lambda f: cut(f / "0001/images/cam01.png", 300)), "0001/images/cam01.png: "),
+    (change_file("*.mp4"), "no camNN.mp4"),
+    (in_frames(change_file("0001/images/cam01.png")), "frame 1: 2 cameras, but 3 rows"),
+    (in_frames(change_file("poses_bounds.npy")), "0000/poses_bounds.npy: not usable"),
+    (in_frames(change_file("0001/images/cam01.png", lambda old: old[:300])), "cam01.png: "),
     (in_frames(lambda f: iio.imwrite(f / "0001/images/cam01.png", SMALL)), "cam01.png: not 32x32"),
     (in_frames(lambda f: [iio.imwrite(p, SMALL) for p in (f / "0001/images").iterdir()]),
      "frame 1 has another size"),
@@ -259,8 +227,6 @@ def test_without_ffmpeg(clip, monkeypatch):
     monkeypatch.setattr(common.iio, "imiter", missing)
     refused(clip[0], "pip install 'imageio[ffmpeg]'")
 
-
-# ------------------------------------------------------------------------------------- Panoptic
 
 def write_panoptic(folder, T=3, train=(1, 2, 4, 10), test=(0, 3), H=6, W=8):
     """A dome of noise -> pixels[camera] (T, H, W, 3), w2c[camera] (4, 4) in metres, y down."""
@@ -305,8 +271,6 @@ def test_panoptic_with_a_known_answer(tmp_path):
     small = common.load_video("dome", tmp_path, size=4, frames=2)
     assert (small.H, small.W, small.frames) == (3, 4, 2)
     assert torch.allclose(small.K[:, :2], video.K[:, :2] / 2)
-    with pytest.raises(UserError, match="frame 2 does not exist"):
-        small.read(2)
 
 
 def meta(edit):
@@ -341,10 +305,10 @@ BAD_PANOPTIC = [
     (meta(lambda m: [m[key].pop() for key in ("fn", "k", "w2c")]), "as many frames as train_meta"),
     (put("w2c", (ALL, ALL, slice(3), 3), lambda x: x * 1000), "w2c must be in metres"),
     (meta(lambda m: m.update(w=6, h=8)), "turned or cropped"),
-    (lambda f: (f / "test_meta.json").unlink(), "test_meta.json: not usable"),
-    (lambda f: (f / "train_meta.json").unlink(), "train_meta.json in it: not a video"),
-    (lambda f: (f / "train_meta.json").write_text("{"), "train_meta.json: not usable"),
-    (lambda f: (f / "ims/4/000001.jpg").unlink(), "ims/4/000001.jpg: not usable"),
+    (change_file("test_meta.json"), "test_meta.json: not usable"),
+    (change_file("train_meta.json"), "train_meta.json in it: not a video"),
+    (change_file("train_meta.json", lambda _: b"{"), "train_meta.json: not usable"),
+    (change_file("ims/4/000001.jpg"), "ims/4/000001.jpg: not usable"),
     (lambda f: iio.imwrite(f / "ims/2/000001.jpg", SMALL), "2/000001.jpg: not 8x6 px"),
 ]
 
@@ -360,25 +324,13 @@ def test_real_basketball():
     video = common.load_video("basketball", real("panoptic_sports/basketball"), size=320)
     assert video.frames == 30 and video.c2w.shape == (31, 3, 4)
     assert [video.names[v] for v in video.test] == ["0", "10", "15", "30"]
-    image = video.read(7).images
-    assert image.shape == (31, 180, 320, 3)
+    assert video.read(7).images.shape == (31, 180, 320, 3)
     position, axis = video.c2w[:, :, 3], -video.c2w[:, :, 2]
     centre = torch.tensor([0, 0, (1.355 - 2.1) / 3])
     assert torch.allclose((position - centre).norm(dim=-1) * 3, torch.tensor(2.75), atol=0.06)
     assert (position > video.aabb[0]).all() and (position < video.aabb[1]).all()
     assert (((centre - position) * axis).sum(-1) > 0.7).all()       # they look inwards
-    # A camera sees the lenses of others: black dots on the wall, where those cameras stand.
-    darker, border = [], torch.tensor([308.0, 168.0])
-    for v in range(31):
-        xy, depth = project(position, video.K[v], video.c2w[v])
-        inside = (depth > 0.5) & (xy > 12).all(-1) & (xy < border).all(-1)
-        for x, y in xy[inside].long().tolist():
-            around = image[v, y - 8:y + 9, x - 8:x + 9].flatten(0, 1).mean(-1).median()
-            darker.append(float(around - image[v, y - 1:y + 2, x - 1:x + 2].mean()))
-    assert len(darker) > 100 and np.mean(np.array(darker) > 0.1) > 0.7
 
-
-# -------------------------------------------------------------------------------------- look-up
 
 def test_look_up(tmp_path, capsys):
     write_panoptic(tmp_path / "panoptic_sports" / "mine")
@@ -387,14 +339,11 @@ def test_look_up(tmp_path, capsys):
                         ("lego", "not found"), ("empty", "empty: no camNN.mp4")):
         with pytest.raises(UserError, match=named):
             common.load_video(name, tmp_path)
-    for name in ("stage", "flame_salmon_1", "basketball"):          # and the other way round
-        with pytest.raises(UserError, match="not found"):
-            common.load_scene(name, tmp_path)
     capsys.readouterr()
     for name in ("n3dv/flame_salmon_1", "meetroom/discussion", "panoptic_sports/basketball"):
         video = common.load_video(name.partition("/")[2], tmp_path, 16, 2)
         message = capsys.readouterr().err
         assert (video.kind, video.name, video.frames) == ("builtin", "stage", 2)
-        assert str(tmp_path / name) in message and "'stage' INSTEAD" in message
+        assert str((tmp_path / name).parent) in message and "'stage' INSTEAD" in message
     assert common.load_video("mine", tmp_path).kind == "panoptic"
     assert capsys.readouterr().err == ""
