@@ -505,7 +505,8 @@ def frame_K(stated: dict, W: int, H: int, path: Path) -> np.ndarray:
     alone is both. Where nothing else is stated, cx, cy are the middle, w, h the picture's."""
     model = str(stated.get("camera_model", "OPENCV")).upper()
     require(model in PINHOLE and not any(stated.get(name) for name in REFUSED),
-            f"{path}: {model} or lens distortion: undistort pictures; mask_path: make it alpha")
+            f"{path}: masks or lens distortion ({model}): undistort the pictures, make masks "
+            "their alpha")
     with reading(path, "state camera_angle_x (radians) or fl_x (pixels) on top or in each frame"):
         w, h = float(stated.get("w", W)), float(stated.get("h", H))
         angle_x, angle_y = (float(stated.get(f"camera_angle_{a}", math.nan)) for a in "xy")
