@@ -310,7 +310,7 @@ class BaselineSampler(nn.Module):
 #     --sampling edge                      28.0       0.8    edges only, whatever the error is
 #     (the default: walkers)               28.4       0.7
 #     --no-pixel-gradient                  28.5       0.7    walkers without drift
-#     --alpha 0                            28.4       0.8    walkers without weight: hard mining
+#     --alpha 0                            28.3       0.7    walkers without weight: hard mining
 #     --reinit uniform                     27.3       0.4    walkers that start again anywhere
 #     --reinit none                        25.8       0.0    the walk and its uniform share only
 #
