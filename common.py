@@ -1736,8 +1736,11 @@ class TrainingRun:
                 load = part.update if isinstance(part, dict) else part.load_state_dict
                 load(saved["parts"][stage][name])
         torch.set_rng_state(saved["random"]["cpu"])
-        if self.device.type == "cuda" and saved["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+        state, on_cuda = saved["random"]["cuda"], self.device.type == "cuda"
+        if on_cuda and state is not None:
+            torch.cuda.set_rng_state(state, self.device)
+        elif on_cuda or state is not None:
+            note("the checkpoint is of another kind of device: other random numbers follow")
         return saved["stage_step"]
 
     def _evaluate(self, evaluate: Callable, last: bool) -> None:
