@@ -37,6 +37,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Literal, Optional
 
 import numpy as np
@@ -507,13 +508,16 @@ def ranks() -> tuple[int, int]:
 
 
 def start_ranks(device: str) -> str:
-    """Join torchrun's other processes, if any. -> the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Join torchrun's other processes, if any; -> this one's device. They wait an hour at most."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
         return device
-    if device != "cpu":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"            # each its own, whatever was given
+    require(device in ("cpu", "cuda"), f"--device {device}: {world} processes would share it: use "
+                                       "--device cuda, and each has its own")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)                          # before NCCL takes one
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=1))
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")                     # the first one speaks
     return device

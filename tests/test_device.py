@@ -121,8 +121,7 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize("there, here, then", [("cuda:1", "cuda:0", 1), ("cuda:0", "cpu", 7),
                                                ("cpu", "cuda:1", 7), ("cpu", "cpu", 7)])
-def test_random_numbers_and_environment_are_of_the_run_s_device(gpus, tmp_path, capsys, there, here,
-                                                                 then):
+def test_random_numbers_and_environment(gpus, tmp_path, capsys, there, here, then):
     """A checkpoint of GPU 1 goes on on GPU 0 with GPU 1's random numbers, any other as it can."""
     args = common.RunArgs(out=str(tmp_path), device=there, steps=1, size=16)
     run = common.TrainingRun("toy", "line", args)

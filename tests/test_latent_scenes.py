@@ -16,14 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import latent_scenes as ls  # noqa: E402
-from common import UserError  # noqa: E402
-from conftest import assert_refused, close, command, lines, words_of  # noqa: E402
-from test_contract import assert_same_run  # noqa: E402
-from latent_scenes import Args, Autoencoder, Bank, Model, phases, schedule  # noqa: E402
+import common
+import latent_scenes as ls
+from common import UserError
+from conftest import ROOT, assert_refused, close, command, lines, words_of
+from test_contract import assert_same_run
+from latent_scenes import Args, Autoencoder, Bank, Model, phases, schedule
 
 F64, SIZE = torch.float64, 16
 TINY = dict(scene="cars", size=SIZE, scenes=2, new_scenes=2, steps=2, latent_channels=3,
@@ -618,15 +616,30 @@ def test_parts_of_a_step_add_up_to_the_whole(world):
         assert rested or world == 2
 
 
+WATCHED = f"""
+import runpy, sys, torch.distributed.distributed_c10d as c10d
+to_tensor = c10d._object_to_tensor
+def watch(thing, *rest):
+    assert thing is None or isinstance(thing, str), f"pickled: {{thing}}"
+    return to_tensor(thing, *rest)
+c10d._object_to_tensor = watch
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one_and_pickle_no_tensors(tmp_path):
     more = dict(scenes=3, new_scenes=3, steps=4, eval_every=2, encode_every=2)
     one = ls.train(args(out=str(tmp_path / "one"), **more))
     words = words_of(vars(args(out=str(tmp_path / "two"), **more)))
 
+    (tmp_path / "watched.py").write_text(WATCHED)
+
     def torchrun(*more):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc-per-node=2", str(ROOT / "latent_scenes.py"), *words, *more]
+                   "--nproc-per-node=2", str(tmp_path / "watched.py"),
+                   str(ROOT / "latent_scenes.py"), *words, *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -649,9 +662,14 @@ def test_each_process_has_its_own_gpu_before_nccl_starts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(device))
-    monkeypatch.setattr(ls.dist, "init_process_group", lambda kind: order.append(kind))
+    monkeypatch.setattr(ls.dist, "init_process_group",
+                        lambda kind, timeout: order.append((kind, timeout.total_seconds())))
     monkeypatch.setattr(ls.dist, "get_rank", lambda: 0)
-    assert ls.start_ranks("cuda") == "cuda:1" and order == ["cuda:1", "nccl"]
+    for device in ("cuda:0", "cuda:1"):
+        with pytest.raises(UserError, match=f"--device {device}: 2 processes would share it"):
+            ls.start_ranks(device)
+    assert not order and ls.start_ranks("cuda") == "cuda:1"
+    assert order == ["cuda:1", ("nccl", 3600)]
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
