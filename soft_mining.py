@@ -1,22 +1,22 @@
 """Soft Mining: train where the error is (Kheradmand et al., CVPR 2024, arXiv 2312.00075).
 
 Most pixels of an image are fitted early, and rays through them teach nothing more. Soft Mining
-draws the pixels of each image in proportion to their present error Q. This biases the training
-towards difficult pixels, and so the loss of each drawn pixel is divided by Q^alpha: alpha 0 keeps
-the bias (hard mining), alpha 1 removes it (importance sampling). No error map is kept to draw from:
-every training ray is a random walker on its image, which follows the gradient of log Q at its own
-pixel, known from the ordinary backward pass, and adds noise. This is Langevin Monte Carlo (LMC).
+draws pixels in proportion to their present error Q. This biases the training towards difficult
+pixels, and so the loss of each drawn pixel is divided by Q^alpha: alpha 0 keeps the bias (hard
+mining), alpha 1 removes it (importance sampling). No map of errors is kept to draw from. Instead,
+each training ray belongs to a walker, a moving position in one image. After a step, the walker
+moves along an estimate of grad log Q, which the backward pass of the loss gives anyway, and a
+random step is added. This is Langevin Monte Carlo (LMC).
 
     L = 1/R sum_r err(x_r) / sg(Q(x_r))^alpha                soft_weight, step 4 of train
     x <- x + a grad log Q(x) + b eta,  eta ~ N(0, I)         Walkers.update, step 6 of train
     the exponent grows linearly from 0 to alpha              soft_exponent
 
-If pixels are visited in proportion to Q^k, the expected loss of an image is proportional to
-sum_x Q(x)^(k - alpha) err(x). So k > alpha is hard mining (difficult pixels count more), and
-k = alpha is importance sampling (all pixels count alike, but difficult ones get more rays). Walkers
-that only walk approach k = beta = 1. By default four in ten of those that moved start again, mostly
-on edges, and these restarts, not the gradient, set the k = 0.7 that we measure. So with alpha = 0.6
-the default is nearly importance sampling.
+If pixels are visited in proportion to Q^k, pixel x counts Q(x)^(k - alpha) in the expected loss:
+k > alpha is hard mining, k = alpha is importance sampling (all pixels count alike, but difficult
+ones get more rays). In theory the walk alone leads to k = 1. In practice it is slow, and k comes
+from the restarts: after each step, the 30 % of its walkers with the least error jump to edges of
+their image. We measure k = 0.7, so that alpha = 0.6 is nearly importance sampling.
 
     paper                                  here
     f(x), gt(x), x_n, N                    rgb, target, (view, xy), the number of rays R
@@ -60,27 +60,27 @@ class Args(SceneArgs):
     noise: float = 0.02             # b, standard deviation of one move [longer image sides]
     pixel_gradient: bool = True     # walkers follow grad log Q (off: noise only)
     reinit: Literal["none", "uniform", "edge"] = "edge"
-    """Where walkers start again that left their image or found too little error (none: nowhere)."""
-    reinit_share: float = 0.3       # share of a step's walkers, of least error, that start again
-    uniform_share: float = 0.1      # share of a step's pixels that is uniform (every sampling)
+    """Where walkers restart that left their image, or have low error (none: borders reflect)."""
+    reinit_share: float = 0.3       # share of a step's walkers, those of least error, that restart
+    uniform_share: float = 0.1      # share of a step's pixels that is uniform (uniform: all)
     as_released: bool = False       # the released code's rules, errors included, for most of these
 
     # rendering and batches, not about mining
     ray_sampling: Literal["occupancy", "proposal"] = "occupancy"
     """Where samples stand on a ray: in occupied cells, or where two networks expect density."""
     march_steps: int = 192                          # occupancy: samples along the box's diagonal
-    proposal_samples: tuple[int, int] = (32, 16)    # proposal: intervals a ray in its two rounds
-    ray_samples: int = 16                           # proposal: samples a ray that the field sees
+    proposal_samples: tuple[int, int] = (32, 16)    # proposal: intervals per ray in two rounds
+    ray_samples: int = 16                           # proposal: samples per ray for the field
     batch: Literal["rays", "samples"] = "samples"
-    """What all steps have equally many of. With samples, R is smaller where rays need more."""
-    rays: int = 256             # rays a step, R (--batch samples: in the first step)
-    samples: int = 8192         # --batch samples: samples of all rays of a step
-    num_walkers: int = 8192     # --batch samples: how many there are; a step moves R of them
+    """What is constant: R, or the samples of a step. Then R falls where rays need more samples."""
+    rays: int = 256             # --batch rays: rays per step, R (with samples: a first guess)
+    samples: int = 8192         # --batch samples: samples per step
+    num_walkers: int = 8192     # --batch samples: walkers, the largest R; a step moves R of them
     levels: int = 8             # hash grid: levels
-    features: int = 4           # hash grid: features a level
+    features: int = 4           # hash grid: features per level
     log2_table: int = 16        # hash grid: log2 of the rows of a level's table
-    finest: int = 256           # hash grid: cells a side of the finest level (the coarsest has 16)
-    lr: float = 2e-2            # Adam's learning rate after 100 steps; then a cosine to a tenth
+    finest: int = 256           # hash grid: cells per side of the finest level (coarsest: 16)
+    lr: float = 2e-2            # Adam's learning rate, before the ramp and the cosine
     half: bool = False          # matrix products of the MLPs in bfloat16 (for GPUs)
 
 
@@ -96,7 +96,7 @@ PRESETS = {
 # ---------------------------------------------------------------------------- the soft weight
 
 def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tensor:
-    """w_r = max(Q_r, 2^-10)^-exponent.  abs_error Q (R,) -> w (R,), no gradient (sg).
+    """w_r = max(Q_r, 2^-10)^-exponent, clamped.  abs_error Q (R,) -> w (R,), no gradient (sg).
 
     Why Q is the absolute error: a ray's gradient in the parameters is 2 (rgb - target) times
     d rgb / d parameters. If the second factor is alike for all rays, rays drawn in proportion to
@@ -104,13 +104,13 @@ def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tenso
     Why a weight: a pixel drawn in proportion to Q counts Q times as much in the mean loss. All V
     images get equally many pixels, so exponent 1 gives 1/V sum_v mean_v(err) / mean_v(Q). Inside an
     image this is the uniform loss up to a factor; images of large mean error count less than there.
-    The weight also changes what is minimised: w is a constant in the backward pass, so the gradient
-    in rgb is 2 d |d|^-exponent for d = rgb - target, up to a factor that of |d|^(2 - exponent), a
-    loss between the squared and the absolute error, even where pixels are drawn uniformly.
+    What else it does: the weight also changes what is minimised. w is a constant in the backward
+    pass, so the gradient in rgb is 2 d |d|^-exponent for d = rgb - target. Up to a factor this is
+    that of |d|^(2 - exponent), between squared and absolute error, however pixels are drawn.
     Why clamp: at exponent 0.6, Q = 2^-10 has 512^0.6 = 42 times the weight of Q = 1/2, and one
     fitted pixel could decide the direction of a step. So w is clamped to [0.2, mean(w) + std(w)] of
-    the batch, as in the released code (0.2 never acts, as Q <= 1). With it, not even exponent 1
-    restores the uniform loss exactly.
+    the batch, as in the released code (0.2 never acts, as Q <= 1). With the clamp, not even
+    exponent 1 restores the uniform loss exactly.
     Example: Q = (1/4, 1/4, 1/4, 2^-10), exponent 1/2 -> w = (2, 2, 2, 32), clamped (2, 2, 2, 24.5).
     """
     w = abs_error.detach().clamp(min=2 ** -10) ** -exponent
@@ -122,8 +122,8 @@ def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tenso
 
 def soft_exponent(args: Args, step: int) -> float:
     """Linear from 0 to alpha in --warmup steps: walkers begin at uniform positions (k = 0), where
-    there is no bias to undo. Released code: 1/1000 a step for any alpha."""
-    if args.weighting == "off" or args.weighting == "auto" and args.sampling == "uniform":
+    there is no bias to undo. Released code: + 1/1000 per step, whatever alpha is."""
+    if args.weighting == "off" or (args.weighting == "auto" and args.sampling == "uniform"):
         return 0.0                                                 # all weights are 1
     if args.as_released:
         return min(step / 1000, args.alpha)
@@ -131,20 +131,20 @@ def soft_exponent(args: Args, step: int) -> float:
 
 
 # -------------------------------------------------------------------------- Langevin walkers
-# A pixel sampler, a module (its buffers are saved in checkpoints and follow it to the GPU), has
+# A pixel sampler (Walkers, or a baseline; its buffers are saved in checkpoints) has
 #     draw(R, step) -> view (R,), xy (R, 2)   images and pixel centres (x, y) of this step
 #     update(squared_error, abs_error, weight, d_xy)     what came of that draw: (R,) each, and
 #                                             d_xy (R, 2) = d mean(weight squared_error) / d xy
 
 def grad_log_q(squared_error: Tensor, weight: Tensor, d_xy: Tensor) -> Tensor:
-    """Gradient of log Q at each walker's pixel.  (R,), (R,), (R, 2) -> (R, 2) [1/pixel].
+    """Estimate of grad log Q at each walker's pixel.  (R,), (R,), (R, 2) -> (R, 2) [1/pixel].
 
-    The loss is 1/R sum_s w_s err_s, and pixel r only enters err_r, with w_r constant. So
+    The loss is 1/R sum_j w_j err_j, and pixel r only enters err_r, with w_r constant. So
     d_xy_r = w_r grad err_r / R, and dividing by w_r / R gives grad err_r, whatever R and w are.
-    sqrt(err) stands for Q here: grad log sqrt(err) = grad err / (2 err). It is the root mean square
-    of |rgb - target| over the channels, and Q the mean: they differ by at most a factor sqrt(3),
-    but the gradient of Q would need a second backward pass. The target's own gradient is left out,
-    as in the released code: err changes only through the rendered colour.
+    The estimate is grad log sqrt(err) = grad err / (2 err). sqrt(err) is the root mean square of
+    |rgb - target| over the channels, and Q the mean: they differ by at most a factor sqrt(3), but
+    the gradient of Q would need a second backward pass. Moreover err changes here only through the
+    rendered colour: the gradient of the target image is left out, as in the released code.
     """
     return len(weight) * d_xy / (2 * weight * squared_error).clamp(min=1e-12)[:, None]
 
@@ -157,25 +157,25 @@ class Walkers(nn.Module):
     a pixel add up, and trains the pixel around it, at the centre, where the target is known.
 
     The move is x <- x + a grad log Q(x) + b eta. Why a = beta b^2 / 2: let p(x) be the density of
-    many walkers. For small moves it obeys dp/dt = -div(a p grad log Q) + b^2/2 lap(p)
-    (Fokker-Planck). p = Q^k has the gradient k p grad log Q, so the right side vanishes for
-    k = 2a / b^2. Walkers that only walk therefore visit Q^beta, at every resolution and batch size
-    (a, b for positions in pixels). One drift is clipped to 2 b: the gradient of a logarithm has no
-    bound where the error vanishes.
-    Example: 100 px, noise 0.02: b = 2 px; beta 1: a = 2 px^2. Where Q grows by a tenth a pixel, a
-    move is 0.2 px of drift and 2 px of noise. Drift adds up like n, noise like sqrt(n), so the
+    many walkers. The drift moves them in a flow a p grad log Q, the noise spreads them in a flow
+    -b^2/2 grad p. When both cancel, grad p / p = (2a / b^2) grad log Q, so p is proportional to
+    Q^(2a / b^2) = Q^beta, whatever R and the resolution are. This needs the true gradient and
+    moves shorter than the details of Q: with ours, Q^beta is a guide. A drift is clipped to 2 b,
+    since the gradient of a logarithm has no bound where the error vanishes.
+    Example: 100 px, noise 0.02: b = 2 px; beta 1: a = 2 px^2. Where Q grows by a tenth per pixel,
+    a move is 0.2 px of drift and 2 px of noise. Drift adds up like n, noise like sqrt(n), so the
     drift shows after some (2 / 0.2)^2 = 100 moves.
 
-    Re-initialisation: the reinit_share of least error, and those that left their image, start again
-    on an edge, where errors are found first; a uniform_share starts anywhere, so that no pixel is
-    forgotten. By default 0.3 + 0.1 of the R walkers of a step start again, so a walker makes
-    1 / 0.4 = 2.5 moves in its life, too few to reach the density Q^beta. This is why
-    --no-pixel-gradient changes little.
+    Re-initialisation: the reinit_share of least error, and those that left their image, restart on
+    an edge, where errors are found first; a uniform_share restarts anywhere, so that no pixel is
+    forgotten. By default at least 1 - 0.7 * 0.9 = 0.37 of the R walkers of a step restart, so a
+    walker makes fewer than 1 / 0.37 = 2.7 moves between restarts, too few to reach Q^beta.
+    This is why --no-pixel-gradient changes little. (Paper preset: reinit_share 0.1, five moves.)
     """
     def __init__(self, images: Tensor, args: Args, num_walkers: int):
         super().__init__()
         V, self.H, self.W, _ = images.shape
-        num_walkers = max(num_walkers, V)                                      # one an image
+        num_walkers = max(num_walkers, V)                                      # one per image
         self.args = args
         self.noise = args.noise * max(self.H, self.W)                          # b in pixels
         self.edges = cumulative(edge_maps(images))
@@ -300,41 +300,42 @@ class BaselineSampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------ what was measured
-# lego, 100 px, --ray-sampling proposal --steps 500 (R = 8192 samples / 16 a ray = 512 rays a step);
-# means of three seeds, which spread by 0.2 dB. The walkers' defaults were tuned in this setting.
+# lego, 100 px, --ray-sampling proposal --steps 500 (R = 8192 samples / 16 per ray = 512 rays);
+# means of three seeds, which spread by 0.2 dB. The walkers' settings were tuned here, on these test
+# views; uniform sampling had no search of its own.
 #
 #                                          PSNR       k of visits ~ Q^k
 #     --sampling uniform                   25.9 dB    0.0
 #     --sampling uniform --weighting on    25.5       0.0    the soft weight alone
 #     --sampling multinomial               26.0       0.1
 #     --sampling edge                      28.0       0.8    edges only, whatever the error is
-#     (the default: walkers)               28.4       0.7
+#     --sampling lmc                       28.4       0.7    walkers
 #     --no-pixel-gradient                  28.5       0.7    walkers without drift
 #     --alpha 0                            28.3       0.7    walkers without weight: hard mining
-#     --reinit uniform                     27.3       0.4    walkers that start again anywhere
+#     --reinit uniform                     27.3       0.4    walkers that restart anywhere
 #     --reinit none                        25.8       0.0    the walk and its uniform share only
 #
-# Re-initialisation does the mining, and edges are good places for it. The walk alone is too slow
-# here: a walker moves some 30 times in 500 steps. At this size neither the drift nor the soft
-# weight, which the paper is about, makes a difference. The final PSNR of 1000 uniform steps (27.6
-# dB) is passed after 380 steps of the default, 0.42 of the seconds; the paper reports more than
-# twice the convergence speed.
+# What the rows show. Restarting the walkers of least error anywhere gains 1.4 dB: this is mining
+# without edges. Edges alone, without any error, gain 2.1 dB, and both together 2.5 dB. The walk
+# alone gains nothing: a walker moves some 30 times in 500 steps, too few. For walkers, neither the
+# drift nor the soft weight, which the paper is about, makes a difference at this size.
+# The final PSNR of 1000 uniform steps (27.6 dB) is passed after 380 steps of walkers, in 0.42 of
+# the seconds; the paper reports more than twice the convergence speed.
 #
-# With equally many samples a step (the default) and 3000 steps: uniform 29.7 dB, walkers 31.3 dB.
-# Here the soft weight alone gave uniform pixels 0.6 dB (an earlier version, 1000 steps). If the two
-# effects add up, the other 1 dB is due to where the rays go.
+# With the default ray sampling and 3000 steps: uniform 29.7 dB, walkers 31.3 dB.
 # The training PSNR of walkers is lower than their test PSNR, as it is that of difficult pixels.
 
 
 # ------------------------------------------------------------- the walkers of the released code
 
 class ReleasedWalkers(nn.Module):
-    """--as-released. Positions are s = (row / (H-1), column / (W-1)); ceil(rays / V) walkers an
-    image, all move at every step. What differs from Walkers:
+    """--as-released. Positions are s = (row / (H-1), column / (W-1)); ceil(rays / V) walkers
+    per image, all of which are drawn and move at every step. What differs from Walkers:
     * The drift A grad log err / R is computed in pixels, but added to s, whose unit is the image's
       side. At 800 px and 4100 rays beta is then 0.06: nearly plain diffusion.
-    * The uniform share is always the last tenth of the walkers, those of the last images.
-    * Walkers are re-initialised by their weighted error, on edges of the image on black.
+    * The uniform share is always the last tenth of the walkers, those of the last images; those of
+      them that restart go to edges all the same.
+    * Walkers restart by their weighted error, on edges of the image on black.
     """
     A, B, UNIFORM, REINIT = 20.0, 0.02, 0.1, 0.1
 
@@ -438,7 +439,7 @@ def render_image(field, ray_sampler, scene: Scene, views: Views, v: int, chunk: 
 
 def evaluate(field, ray_sampler, scene: Scene, views: Optional[int], pictures=None) -> dict:
     """Mean PSNR [dB], SSIM and opacity over `views` evenly spaced test images (None: all).
-    pictures: folder for one comparison strip an image (target | render | error | depth)."""
+    pictures: folder for one comparison strip per image (target | render | error | depth)."""
     total, scores = len(scene.test.images), []
     for v in evenly_spaced(total, min(views or total, total)):
         target = scene.test.images[v]
@@ -455,7 +456,7 @@ def show_visits(run: TrainingRun, field, ray_sampler, scene: Scene, visits: Tens
     """Write a frame of walkers.gif, and note the exponent k of visits ~ Q^k.
 
     visits (V, H, W): how often each pixel was drawn since the last evaluation; set back to 0. Three
-    training images, a row each: target | render | Q, 0 to 0.25, white where a pixel was drawn.
+    training images, one per row: target | render | Q, 0 to 0.25, white where a pixel was drawn.
     """
     V, H, W = visits.shape
     rows, errors, shown = [], [], evenly_spaced(V, min(V, 3))
@@ -483,7 +484,7 @@ def check(args: Args) -> None:
                 not_negative=("alpha", "beta", "noise"), shares=("uniform_share", "reinit_share"))
     require(min(args.proposal_samples) > 0, "--proposal-samples must be greater than 0")
     require(1 <= args.log2_table <= 24, f"--log2-table {args.log2_table}: wanted 1 to 24")
-    require(args.finest >= 16, f"--finest {args.finest}: the coarsest level has 16 cells a side")
+    require(args.finest >= 16, f"--finest {args.finest}: the coarsest level has 16 cells per side")
     require(args.sampling == "lmc" or not args.as_released,
             f"--as-released is a rule for walkers: it needs --sampling lmc, not {args.sampling}")
 
@@ -574,7 +575,7 @@ def train(args: Args) -> dict:
         visits.index_put_((view, row, column), torch.ones_like(row, dtype=torch.int32),
                           accumulate=True)
         run.count(rays=len(xy), samples=out["samples"])
-        if step + 1 == args.steps:                     # is the background used as paint?
+        if step + 1 == args.steps:                     # is it painted with the background?
             check_colours(out["rgbs"], out["weights"], target)
     summary = run.finish(sampling=args.sampling, **run.counts)
     write_films(args, run, scene, field, ray_sampler)
