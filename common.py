@@ -893,8 +893,11 @@ def load_stage(size: int | None, frames: int | None, bg: Tensor) -> "Video":
                  train, [4, 9], aabb, 1.0, 5.0, bg, False, read)
 
 
+CAR_BOX = torch.tensor([[-0.48, -0.22, -0.20], [0.48, 0.22, 0.20]])     # holds every built-in car
+
+
 def car(seed: int) -> list[Shape]:
-    """Car number `seed`, x forward, in [-0.5, 0.5]^3. All have wheels, windows, lamps; sizes,
+    """Car number `seed`, x forward, in CAR_BOX. All have wheels, windows, lamps; sizes,
     cabin, colours and spoiler are its own. z = 0 is the ground until the last line."""
     rng = np.random.default_rng((seed, 0))
     u = rng.uniform
@@ -1193,7 +1196,7 @@ def load_family(name: str, data: str | Path, size: int, bg="white", above: bool 
     folder = find_dataset("family", name, Path(data), srn_scenes,
                           "folders with rgb/, pose/ and intrinsics.txt")
     if folder is None:
-        return Family("cars", "builtin", range(100_000), size, background(bg), above)
+        return Family("cars", "builtin", range(100_000), size, background(bg), above, aabb=CAR_BOX)
     scenes = srn_scenes(folder)
     return Family(scenes[0].parent.resolve().name, "srn", scenes, size, background(bg), above)
 

@@ -282,6 +282,8 @@ def test_cars_are_what_they_say(cars):
     family, scenes = cars
     assert (family.name, family.kind, family.near, family.far) == ("cars", "builtin", 0.5, 2.1)
     assert len(family.scenes) >= 10_000 and family.above and torch.equal(family.bg, WHITE)
+    for shape in (shape for seed in range(300) for shape in common.car(seed)):      # none is turned
+        assert (np.abs(shape.centre) + shape.half <= family.aabb[1].numpy()).all()
     for train, test in scenes:
         assert len(test.names) == 10 and 12 <= len(train.names) <= 40
         assert test.names + train.names == sorted({*test.names, *train.names})
