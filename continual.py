@@ -3,31 +3,31 @@
 
 Views come in tasks: first those of one side of an object, then those of the other side. While a
 field trains on task 2, it forgets task 1: its renders of the first side get worse. A learner keeps
-something of each old task against that: some rays with their colours (replay), the old model,
-which gives colours to new rays (distillation) or to rays of old cameras (generative replay), or
-how much each weight matters (EWC). With --stream, the tasks are short chunks of frames.
+something of each old task against that. In NeRF-CL these are rays with their colours (replay; as
+released, --preset paper, the 12 % of highest loss, and those of high loss more often) or the old
+model, a frozen copy from the end of the previous task, whose colours of new rays the field has to
+keep (distill). ewc, generative and mixed are not in the release.
 
     loss of a step = l(f, y) on rays of the present task + old loss, the term against forgetting
 
-l: mean squared error. f: colours of rays as the model renders them; y: in the images; s: as the old
-model renders them, a copy of the model as it was when the last task was over. theta, theta*: the
-weights of model and old model. w: --replay-weight. PSNR [dB] of held-out views after task 2:
+l: mean squared error; f, y, s: colours of rays as rendered by the model, in the images, by the old
+model; theta, theta*: weights of both; w: --replay-weight. PSNR [dB] of held-out views after task 2:
 
 | learner    | old loss                                      | class            | task 1 | task 2 |
 |------------|-----------------------------------------------|------------------|-------:|-------:|
 | naive      | none                                          | Naive            |   23.9 |   32.2 |
 | distill    | l(f, s) on the new rays                       | Distillation     |   26.1 |   25.2 |
 | ewc        | lambda / 2 sum_i h_i (theta_i - theta*_i)^2   | EWC              |   26.9 |   31.5 |
+| agem       | none; the gradient of l(f, y) is projected    | AGEM             |      - |      - |
 | replay     | w l(f, y) on stored rays                      | Replay           |   29.2 |   31.8 |
 | generative | w l(f, s) on rays of old cameras              | GenerativeReplay |   32.0 |   31.7 |
 | mixed      | w l on half stored rays, half generated ones  | Mixed            |   31.8 |   31.7 |
 | joint      | none; the rays of all tasks from the start    | Joint            |   31.9 |   31.6 |
-| agem       | none; the gradient of l(f, y) is projected    | AGEM             |      - |      - |
+Lego, 64 px, --steps 2000 per task, seeds 0 to 2. After task 1: 31.1 and 19.9 dB (not yet seen).
 
-Lego, 64 px, --steps 2000 a task, seeds 0 to 2. After task 1, all but joint have 31.1 dB on it and
-19.9 on task 2, which they have not seen. `python continual.py` (mixed, 800 steps): 30.5, 30.6,
-forgetting 0.0, backward transfer +1.4. Flip --learner naive first: 24.2, 31.1, 4.9 and -4.9.
-ewc, generative and mixed are not in the release."""
+    python continual.py (mixed, 800 steps): 30.5, 30.6 dB; forgetting 0.0, backward transfer +1.4
+    --learner naive, to see forgetting:     24.2, 31.1 dB; 4.9 and -4.9 (after task 1: 29.1)
+"""
 from __future__ import annotations
 
 import copy
@@ -49,25 +49,25 @@ from kernels import composite, hash_encode, hash_levels
 @dataclass
 class Args(SceneArgs):
     size: int = 64
-    steps: int = 800                # optimiser steps a task (in a stream, an eighth a chunk)
+    steps: int = 800                # optimiser steps per task (in a stream, an eighth per chunk)
     eval_views: int = 8
     """An evaluation renders at most so many trained and so many held-out views of each task."""
 
     split: Literal["released", "hard"] = "hard"
-    """released: cameras at x > 0, then at x < 0. hard: those within 75 degrees of the axis only."""
+    """released: cameras at x > 0, then at x < 0. hard: without those between and on top."""
     stream: bool = False
     """Chunks of frames in nearest-neighbour order, instead of two tasks."""
-    chunk: int = 10                 # frames a chunk, of which every fifth is held out
+    chunk: int = 10                 # frames per chunk, of which every fifth is held out
     learner: Literal["naive", "distill", "ewc", "replay", "generative", "mixed", "joint",
                      "agem"] = "mixed"
     """What is kept of old tasks: see the table at the top of the file."""
 
     rays: int = 1024
-    """New rays a step, and as many old ones for the learners that replay."""
+    """New rays per step; learners that replay add as many old ones (fewer if fewer are stored)."""
     replay_weight: float = 1.0
     """w, weight of the loss of old rays (1: as that of the new ones; agem: any w > 0 is alike)."""
     buffer_share: float = 0.12
-    """At most this share of the rays of all tasks but the last is stored (released: 0.119)."""
+    """At most this share of the rays of all tasks but the final one is stored."""
     buffer_fill: Literal["random", "uniform", "topk"] = "random"
     """Which rays are stored: any, evenly spaced ones, or those of highest loss."""
     buffer_draw: Literal["random", "topk", "weighted"] = "random"
@@ -79,19 +79,18 @@ class Args(SceneArgs):
     """At a new task: reset Adam and its learning rate, or keep both (released). Not in a stream."""
 
     field: Literal["hash", "mlp"] = "hash"
-    """hash: most weights belong to a place. mlp: every weight takes part in every place."""
+    """hash: most weights belong to few places. mlp: each takes part in all places."""
     log2_table: int = 16
-    """log2 of the rows of each level's table (6 levels, 16 to 128 cells a side)."""
+    """log2 of the most rows of a level's table (6 levels, 16 to 128 cells per side)."""
     mlp: tuple[int, int, int] = (64, 4, 6)
     """Width and number of layers of the MLP, frequencies of the positional encoding."""
     march_steps: int = 128
     """Samples along the diagonal of the scene's box, all cells being occupied."""
-    lr: float = 1e-2                # learning rate of Adam (--field mlp: 5e-3 is better)
+    lr: float = 1e-2                # learning rate of Adam (the small MLP: 5e-3 is better)
 
 
-# There is no paper: `paper` is the setting of the released code. Its task 1 has 172 032 rays; at
-# 1024 a step an epoch is 168 steps, and 128 epochs are 21 504 steps (we give task 2 as many). It
-# stores 20 480 rays, a share of some 0.119.
+# There is no paper: `paper` is the released setting: 128 epochs of 172 032 rays, 1024 per step, are
+# 21 504 steps (we give task 2 as many), and 20 480 stored rays are 0.119 of them.
 PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", split="released", learner="replay", steps=21_504, field="mlp",
@@ -103,13 +102,14 @@ PRESETS = {
 # ----------------------------------------------------------------- the learners: loss of one step
 
 class Naive:
-    """l(f, y) on new rays alone. What others change, in the order in which `train` calls it:
+    """l(f, y) on new rays alone, the base of all learners. What others override:
 
     stages       the order of training: a list of (newest task, views to train on, steps)
-    consolidate  keeps something of the task with these views, before a step of the next one
+    consolidate  called before the first step of a later task: keeps something of the previous one
     num_rays     the number of new rays of a step
-    old_loss     the old loss of the table. batch: what render_and_loss gives for the new rays
-    backward     sets the gradients of the whole loss, and returns it (first task: Naive.backward)
+    backward     called at each step: sets the gradients, returns the loss to log (first task: as
+                 Naive, for all learners)
+    old_loss     called by backward: the old loss of the table. batch: what render_and_loss gives
     `parts` is what a learner keeps: it is stored in checkpoints."""
     keeps_model = False                    # True: consolidate copies the model to old_model
 
@@ -139,9 +139,8 @@ class Naive:
 
 
 class Joint(Naive):
-    """One training on the images of all tasks: the reference. It is often called the upper bound,
-    but replay can draw difficult rays more often than joint does, and scored higher once (mixed,
-    --buffer-fill topk --replay-weight 0.5: by 0.5 dB on trained views of task 1)."""
+    """One training on the images of all tasks: the reference, often called the upper bound. But who
+    gives more of the rays to a task can score higher on it: naive on task 2."""
     def stages(self, tasks, steps):
         views = sum((task.trained for task in tasks), [])
         return [(len(tasks) - 1, views, len(tasks) * steps)]
@@ -165,15 +164,16 @@ class Distillation(Naive):
 
 
 class EWC(Naive):
-    """Elastic weight consolidation. For lambda = 1 the penalty is a Taylor expansion of second
-    order of the old loss at theta*: its gradient is taken to be 0 there, and its Hessian to be
-    diagonal, with entries h_i. There is one h, the sum over old tasks, and one theta*, the newest.
-    Adam scales the sum of both gradients: lambda decides which one prevails, not how long a step
-    is. `importance` is a Model whose weights are h, so that a checkpoint stores it like a model."""
+    """Elastic weight consolidation. Near theta* the old loss is about L(theta*) + g.d + d.H d / 2,
+    where d = theta - theta*. Training on the old task is over, so its gradient g is taken to be 0;
+    its Hessian H is replaced by the diagonal h of its Gauss-Newton matrix. What is left is the
+    penalty for lambda = 1: weights that change old colours much (large h_i) are held fast. There is
+    one h, the sum over old tasks, and one theta*, the newest."""
     keeps_model = True
 
     def __init__(self, args, data, model):
         super().__init__(args, data, model)
+        # a Model whose weights are h, so that a checkpoint stores it like a model
         self.importance = self.parts["importance"] = copy.deepcopy(self.old_model)
         for h in self.importance.parameters():
             h.zero_()
@@ -198,10 +198,10 @@ def gauss_newton_diagonal(render_batch, parameters: list[Tensor], batches: int) 
     """h_i = 2 mean_nc (d f_nc / d theta_i)^2, the diagonal of the Gauss-Newton matrix of l.
     render_batch() -> f (n, 3), colours of other rays each time -> h: a tensor for each parameter.
 
-    A backward pass for each of the 3n colours would be slow. Instead, each colour gets a random
+    A backward pass for each of the 3n numbers f_nc would be slow. Instead, each gets a random
     sign z_nc = +1 or -1, and one pass gives sum_nc z_nc d f_nc. The mean of its square is
-    sum_nc (d f_nc)^2, as the products of different colours cancel (Hutchinson's estimator). Two
-    colours with d f = 3 and 4: squares (3 + 4)^2 = 49 and (3 - 4)^2 = 1, mean 25 = 9 + 16.
+    sum_nc (d f_nc)^2, as the products of different ones cancel (Hutchinson's estimator). Two
+    of them with d f = 3 and 4: squares (3 + 4)^2 = 49 and (3 - 4)^2 = 1, mean 25 = 9 + 16.
     EWC's paper takes the Fisher information: h / (2 v), if colours have noise of variance v."""
     importance = [torch.zeros_like(theta) for theta in parameters]
     for _ in range(batches):
@@ -243,8 +243,8 @@ class Replay(Naive):
 
 class GenerativeReplay(Naive):
     """w l(f, s) on random rays of old cameras: the old model renders the images that are gone. The
-    next s learns from this one, so errors can add up. At 64 px the old hash model has 15 times the
-    bytes of task 1's images: this is for larger images, or for images that must not be kept."""
+    next old model learns from this one, so errors can add up. At 64 px the old hash model has 15
+    times the bytes of task 1's images: it is for larger images, or those that must not be kept."""
     keeps_model = True
 
     def old_loss(self, model, batch):
@@ -304,19 +304,18 @@ LEARNERS = {"naive": Naive, "distill": Distillation, "ewc": EWC, "replay": Repla
 
 class ReplayBuffer:
     """At most B rays of old tasks: ray_index (B,), rgb (B, 3) as bytes and, where losses decide
-    what is kept or drawn, loss (B,): 7 or 11 bytes a ray, where a pixel of an image has 3.
+    what is kept or drawn, loss (B,): 7 or 11 bytes per ray, where a pixel of an image has 3.
 
     add      When a task is over, with the model's squared error of each of its rays.
-             topk: of old and new rays, those of highest loss stay. random: n_new new rays get
-             B n_new / rays_seen places (rays_seen counts them, too), and old rays are subsampled to
-             the others, so each ray so far is stored with the same probability. uniform: the same
-             numbers, but evenly spaced rays.
+             topk: of old and new rays, those of highest loss stay. random: each of the rays_seen
+             rays so far is stored with probability B / rays_seen (as in reservoir sampling), so
+             n_new new ones get B n_new / rays_seen places. uniform: so many evenly spaced ones.
     draw     Indices of the rays that one step replays, no two alike.
     refresh  The losses of drawn rays become their newest errors. Not with --soft-targets: errors
              against the model's own colours are not comparable to the stored losses.
 
     Examples with B = 4, rays 0 to 9 with losses 1, 9, 2, 8, 3, 7, 4, 6, 5, 0.
-    --buffer-fill uniform stores rays 0, 2, 5, 7; after ten more rays: 0, 5, 10, 15.
+    --buffer-fill uniform stores rays 0, 2, 5, 7; of ten more rays, two get a place: 0, 5, 10, 15.
     --buffer-fill topk stores rays 1, 3, 5, 7 with losses 9, 8, 7, 6. With --buffer-draw topk, a
     draw of two takes rays 1, 3. If their errors in that step are 2, 8.5, the losses become 2, 8.5,
     7, 6, and the next draw of two takes rays 3, 5."""
@@ -332,7 +331,7 @@ class ReplayBuffer:
         self.refreshes = by_loss and not args.soft_targets
 
     def add(self, ray_index: Tensor, rgb: Tensor, loss: Tensor) -> None:
-        """ray_index (n_new,), rgb (n_new, 3) in [0, 1], loss (n_new,): rays of the last task."""
+        """ray_index (n_new,), rgb (n_new, 3) in [0, 1], loss (n_new,): of the previous task."""
         n_old, n_new = len(self.ray_index), len(ray_index)
         self.rays_seen += n_new
         keep_old, keep_new = n_old, n_new              # topk: append all, then cut to B below
@@ -390,19 +389,20 @@ def weighted_sample(p: Tensor, n: int) -> Tensor:
     return (p / torch.empty_like(p).exponential_()).topk(n).indices
 
 
-# Five findings of the release, and ours: PSNR of task 1 (held-out views) with A minus that with B
-# [dB]. --learner replay --split released, lego, seeds 0 to 2 (spreads: 0.1 to 0.4 dB); hash grid
-# with 1000 steps a task, MLP with 1500 steps of 512 rays; an earlier version of this file.
+# The five findings of the release, and ours: PSNR of task 1 (held-out views) with A minus that with
+# B [dB]. --learner replay --split released, lego, seeds 0 to 2 (spreads: 0.1 to 0.4 dB); hash grid
+# with 1000 steps per task, MLP with 1500 steps of 512 rays; an earlier version of this file. fill:
+# --buffer-fill; weighted: --buffer-draw weighted; where nothing is said, both are random.
 #
 # | finding                               | A                     | B              | hash |  MLP |
 # | 1. topk forgets less: holds           | fill topk             | fill random    | +0.7 | +0.9 |
-# | 2. less memory forgets more: holds    | 2048 rays, random     | 20 480 of them | -1.6 | -2.0 |
+# | 2. less memory forgets more: holds    | 2048 rays             | 20 480 rays    | -1.6 | -2.0 |
 # | 3. weighted draws are better: not so  | fill topk, weighted   | fill topk      | -0.4 | -0.1 |
-# | 4. prefer mid-image pixels: in part   | 3. with that          | 3.             | +0.1 | +0.2 |
-# | 5. storing all rays is best: holds    | all rays, weighted    | 20 480, random | +2.1 | +1.5 |
+# | 4. prefer mid-image pixels: in part   | 3.A, with that        | 3.A            | +0.1 | +0.2 |
+# | 5. storing all rays is best: holds    | all rays, weighted    | 20 480 rays    | +2.1 | +1.5 |
 #
-# 1 costs the hash grid 0.5 dB of task 2, and 5 costs it 0.6. Random draws from a topk fill are
-# still 0.3 dB better than 4, so this file does not prefer such pixels.
+# 1 costs the hash grid 0.5 dB of task 2, and 5 costs it 0.6. Draws that prefer mid-image pixels are
+# no longer in this file: on the hash grid 4.A is 0.3 dB worse than 3.B, on the MLP 0.1 dB better.
 
 
 # ---------------------------------------------------------------------------------- tasks and rays
@@ -416,9 +416,9 @@ class Task:
 
 def cameras_of_side(c2w: Tensor, sign: int, hard: bool) -> Tensor:
     """Which cameras (V, 3, 4) are on one side, x > 0 for sign = 1, x < 0 for -1: bool (V,).
-    hard: only those within 75 degrees of that axis and below 60 degrees of elevation (z is up, the
-    object at the origin; both numbers are ours). Cameras near the border or the top see much of
-    both sides: in task 2 they remind the field of task 1, and naive training forgets less of it."""
+    hard: only those of azimuth within 75 degrees of that axis and of elevation below 60 degrees (z
+    is up, the object at the origin; both numbers are ours). Cameras near the border or the top see
+    much of both sides: in task 2 they remind the field of task 1, which naive forgets less then."""
     x, y, z = c2w[:, :, 3].double().unbind(-1)
     if not hard:
         return sign * x > 0
@@ -498,8 +498,8 @@ class RayData:
 
 class HashField(nn.Module):
     """Most weights are rows of a table, which rays elsewhere touch only by collisions. Yet a table
-    forgets: if the small MLPs are frozen in task 2, naive training ends with 24.0 dB on task 1, and
-    with 23.8 dB if they are not (hard split, 2000 steps)."""
+    forgets: when the small MLPs were frozen in task 2, naive training ended with 24.0 dB on task 1,
+    and with 23.8 dB when not (hard split, 2000 steps, an earlier version of this file)."""
     encode_directions = staticmethod(spherical_harmonics)                      # (R, 3) -> (R, 16)
 
     def __init__(self, args: Args, aabb: Tensor):
@@ -524,7 +524,7 @@ def frequencies(x: Tensor, count: int = 4) -> Tensor:
 
 
 class MLPField(nn.Module):
-    """NeRF's MLP: every weight takes part in every place. x enters again at the fifth layer."""
+    """NeRF's MLP: every weight takes part in every place. x enters again at a fifth layer."""
     encode_directions = staticmethod(frequencies)                              # (R, 3) -> (R, 27)
 
     def __init__(self, args: Args, aabb: Tensor):
@@ -549,10 +549,11 @@ class MLPField(nn.Module):
 
 class Model(nn.Module):
     """A field and its occupancy grid; an old model is a copy of both.
-    The grid forgets, too: cells that the field has emptied are skipped, for all rays. If new views
-    empty a cell that only old views see, replayed rays have no sample there, and no gradient. The
-    cell comes back only if the field's density rises there by itself, through weights it shares
-    with other places, and one of the grid's visits (every 16 steps, a random quarter) finds it."""
+    The grid forgets, too. Training on new rays changes weights that other places share, so it can
+    empty a cell that no new ray crosses. The grid then skips the cell, replayed rays get no sample
+    there, hence no gradient: replay cannot repair it. It comes back only if the field's density
+    rises there through shared weights, and one of the grid's visits (every 16 steps, a random
+    quarter) finds it."""
     def __init__(self, args: Args, scene: Scene):
         super().__init__()
         self.field = (HashField if args.field == "hash" else MLPField)(args, scene.aabb)
@@ -680,9 +681,9 @@ def train(args: Args) -> dict:
                     "forgetting": forgetting(P["psnr_heldout"])[0]}
 
         for step in run.loop(parts, score, steps=steps, stage=f"task {k + 1}"):
-            # 1. A new task: keep something of the last one (a resumed run does it once, as well)
+            # 1. A new task: keep something of the previous one (not again in a resumed run)
             if step == 0:
-                torch.manual_seed(args.seed * 1000 + k)      # one draw for all learners
+                torch.manual_seed(args.seed * 1000 + k)      # task 1 is alike for all but joint
                 if not first:
                     learner.consolidate(model, tasks[k - 1].trained)
                     if args.optimiser == "fresh" and not args.stream:

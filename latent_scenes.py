@@ -66,16 +66,16 @@ class Args(RunArgs):
     """3d: 3D-aware, by phase joint. plain: without it (give its epochs to fit, as at the top)."""
     latent_channels: int = 8        # channels of a latent image, C
     width: tuple[int, ...] = (32, 48)
-    """Channels of the autoencoder after each downsampling by 2. Two: 4 x 4 pixels a latent."""
+    """Channels of the autoencoder after each downsampling by 2. Two: 4 x 4 pixels per latent."""
     resolution: int = 32            # texels along a side of a plane, R
     micro: int = 4                  # micro features, F_mic (0: 1.5 dB less, at commit 8ed6b33)
     macro: int = 8                  # macro features, F_mac (0: 1.0 dB less). RGB planes: all micro
     bases: int = 12                 # shared tri-planes B_k, M of them
     hidden: int = 32                # width of the MLP behind the planes
-    samples: int = 24               # samples of a ray, one in each of so many intervals
-    batch: int = 4                  # scenes a step, a picture of each, over all processes
+    samples: int = 24               # samples per ray, one in each of so many intervals
+    batch: int = 4                  # scenes per step, one picture of each, over all processes
     epochs: tuple[int, int, int, int, int] = (220, 30, 160, 20, 70)
-    """Pictures of each scene in pretrain, fit, joint, new, finetune (--epochs 220 30 160 20 70)."""
+    """Pictures of each scene in pretrain, fit, joint (plain: none), new, finetune."""
     epochs_rgb: int = 1000          # pictures of each scene for RGB planes: --rgb-rays rays of each
     rgb_rays: int = 128             # random rays of a picture in a step of RGB planes
     lr: float = 6e-2                # Adam's learning rate of micro planes, W and shared planes
@@ -84,14 +84,16 @@ class Args(RunArgs):
     lr_ae: float = 2e-3             # Adam's learning rate of E and D in pretrain and joint
     lr_finetune: float = 5e-4       # Adam's learning rate of D in finetune
     lambda_latent: float = 0.1      # weight of L_latent in joint, where L_rgb has 1
-    lambda_ae: float = 0.3          # weight of L_ae in joint: latents hold all of a picture
+    lambda_ae: float = 0.3          # weight of L_ae in joint: D(E(x)) stays a good autoencoder
     tv: float = 1e-3                # weight of TV (fit, joint, RGB planes)
-    encode_every: int = 4           # in joint E, which is slow, encodes 1 picture of so many
+    encode_every: int = 4           # in joint, 1 picture of so many goes through E, to save time
     shift: bool = True
     """Move training pictures and rays by up to half a latent (ours; off: 0.3 dB less, 8ed6b33)."""
 
 
-PRESETS = {         # paper: its sizes, rates, weights, but our shift and weight of TV. Not run.
+# paper: the paper's sizes, epochs, rates and weights of losses. The autoencoder, pretrain, shift,
+# the weight of TV, Adam's betas and what is frozen for new scenes stay ours. Not run.
+PRESETS = {
     "quick": Args(),
     "paper": Args(preset="paper", size=128, scenes=500, new_scenes=500, eval_every=2000,
                   latent_channels=4, width=(64, 128, 256), resolution=64, micro=10,
@@ -107,8 +109,8 @@ def fuse(micro: Tensor, W: Tensor, shared: Tensor) -> Tensor:
     """T_i = concat(T_i^mic, sum_k W_ik B_k): the micro and the macro part of each tri-plane.
 
     micro (n, 3, R, R, F_mic), W (n, M), shared B (M, 3, R, R, F_mac) -> (n, 3, R, R, F).
-    Why: what cars have in common is stored once, in B; W is M numbers a scene. What a car has
-    alone goes into its F_mic micro features. Quick: 4 bytes * 3 * 32^2 * 4 = 49 kB a car, and
+    Why: what cars have in common is stored once, in B; W is M numbers per scene. What a car has
+    alone goes into its F_mic micro features. Quick: 4 bytes * 3 * 32^2 * 4 = 49 kB per car, and
     48 bytes of W; RGB planes with 12 micro features take 147 kB.
     """
     macro = torch.einsum("nk,k...->n...", W, shared)
@@ -117,7 +119,7 @@ def fuse(micro: Tensor, W: Tensor, shared: Tensor) -> Tensor:
 
 def normalise(z: Tensor, s: Tensor) -> Tensor:
     """norm(z) = tanh(s z), in (-1, 1), as planes are rendered through a sigmoid. s = 0.4 / std(z):
-    one standard deviation goes to 0.38, three to 0.83, so that few latents are saturated. One s for
+    a latent of one standard deviation goes to 0.38, of three to 0.83: few are saturated. One s for
     all channels, as in the paper (there 0.02, which suits the latents of Stable Diffusion)."""
     return torch.tanh(s * z)
 
@@ -128,7 +130,8 @@ def denormalise(y: Tensor, s: Tensor) -> Tensor:
 
 
 def total_variation(planes: Tensor) -> Tensor:
-    """TV: mean squared difference of neighbouring texels, both axes.  planes (n, 3, R, R, F)."""
+    """TV: mean squared difference of neighbouring texels along one axis, plus that along the other.
+    planes (n, 3, R, R, F)."""
     return planes.diff(dim=2).square().mean() + planes.diff(dim=3).square().mean()
 
 
@@ -136,34 +139,35 @@ def total_loss(model: Model, batch: Batch, planes: Optional[Tensor], weights: di
     """-> the loss of a step, a weighted sum, and the mean opacity of its rays (0-d each).
 
     planes (n, 3, R, R, F) of the batch's scenes, None in pretrain. weights: loss -> its weight.
-    |.|^2 are means over pixels and channels, of quantities in [-1, 1]. What a phase freezes
-    receives no gradient.
+    |.|^2 are means over pictures, pixels and channels, of quantities in about [-1, 1]. What a phase
+    freezes receives no gradient.
     """
     loss, opacity = batch.x.new_zeros(()), batch.x.new_ones(())
     encoded = batch.encoded if "autoencoder" in weights or "latent" in weights else []
     if encoded:
         z = model.autoencoder.encoder(batch.x[encoded])                        # (e, C, h, w)
     if encoded and "autoencoder" in weights:
-        # Gradient to E and D. It keeps what a picture needs in the latents: for the latent loss
-        # alone the best E is a constant. (--lambda-ae 0: D(E(x)) falls from 27.9 to 25.7 dB, the
-        # renders of new cars do not, 24.7 dB: L_rgb keeps the planes useful, which E follows.)
+        # Gradient to E and D. It keeps what a picture needs in the latents: for L_latent alone the
+        # best E is a constant. (The renders would not need it here: with --lambda-ae 0, D(E(x))
+        # falls from 27.9 to 25.7 dB, but new cars render as well, as L_rgb keeps planes useful.)
         error = F.mse_loss(model.autoencoder.decoder(z), batch.x[encoded])
         loss = loss + weights["autoencoder"] * batch.encoded_weight * error
     if planes is None:
         return loss, opacity
     out = render(model, planes, batch.rays_o, batch.rays_d, batch.jitter)
     if encoded and "latent" in weights:
-        # Gradient to planes, W, B and MLP: they are drawn to what E says. In joint also to E: it
-        # is drawn to what planes can render, which are latents of one thing in space.
+        # Gradient to T^mic, W, B and MLP: y moves towards norm(E(x)). In joint also to E: then
+        # norm(E(x)) moves towards y, and as the y of a tri-plane is 3D-consistent, E becomes so.
+        # This gradient is the idea of the paper.
         error = F.mse_loss(out["y"][encoded], normalise(z, model.autoencoder.s))
         loss = loss + weights["latent"] * batch.encoded_weight * error
     if "rgb" in weights:
-        # Gradient to D and, through norm^-1 and the renderer, to planes, W, B and MLP. Not to E.
+        # Gradient to D and, through norm^-1 and the renderer, to T^mic, W, B and MLP. Not to E.
         error = F.mse_loss(model.decode(out["y"]), batch.target)
         loss = loss + weights["rgb"] * error
     if "tv" in weights:
-        # Gradient to planes, W and B: texels that no ray has seen follow their neighbours. It is
-        # for planes that start as noise; those of phase new start as a mean of smooth ones.
+        # Gradient to T^mic, W and B: texels that no ray has seen follow their neighbours. Planes
+        # of fit start as noise; those of phase new start as a mean of smooth ones, without TV.
         loss = loss + weights["tv"] * total_variation(planes)
     return loss, out["opacity"].mean().detach()
 
@@ -175,22 +179,24 @@ class Phase:
     trains: set             # of encoder, decoder, planes, shared, mlp. The rest is frozen
     weights: dict           # loss -> weight
     steps: int
-    rays: int               # of a picture: all of a latent image, as D needs it whole
+    rays: int               # per picture: all of a latent image, or --rgb-rays
 
 
 def phases(args: Args) -> list[Phase]:
-    """What trains when (why: see the top). `planes` are T^mic and W of the phase's scenes. The
-    paper takes a pretrained autoencoder in place of pretrain; fit and joint (A and B at the top,
-    letters of ours) are its first stage, new and finetune (C and D) its second.
+    """What trains when (why: see the top). Here `planes` are T^mic and W of the phase's scenes. The
+    paper takes a pretrained autoencoder in place of pretrain; fit and joint are its first stage,
+    new and finetune its second. fit comes before joint, so that E does not follow planes of noise.
 
-    Shared planes and MLP are frozen for new cars: this is ours. Released code: `new` and `finetune`
-    train them too, the MLP from scratch, so that no old scene renders any more (0.5 dB less here,
-    commit 77165b6). finetune has no latent loss: the decoder should suit what planes render, which
-    need not be E(x) now. `new` comes before it because its steps are cheaper, without the decoder.
+    finetune has no latent loss: the decoder should suit what planes render, which is not quite E(x)
+    now. new comes before it, so that D does not learn from planes that are far from their car.
+    Shared planes and MLP are frozen for new cars: this is ours. Released code: both phases train
+    them too, the MLP from scratch, so that no old scene renders any more (0.5 dB less here, commit
+    77165b6).
 
-    Cost: a step of RGB planes takes 128 random rays of each picture, while the decoder needs all
-    256 latents of it. So the step is not cheaper (one thread: 16 ms, but 40 in new and 45
-    in finetune). What is saved is the number of steps: 20 + 70 pictures a car instead of 1000.
+    Cost: a step of RGB planes takes 128 random rays of each picture, a step of ours all 256 rays of
+    the latent image, which D needs as a whole. So a step is not cheaper (one thread: 16 ms, but 40
+    in new and 45 in finetune). What is saved is the number of steps: 20 + 70 pictures per car
+    instead of 1000, as new cars start with trained B and MLP, from the mean of the old cars.
     """
     joint = {"rgb": 1.0, "latent": args.lambda_latent, "autoencoder": args.lambda_ae, "tv": args.tv}
     table = [
@@ -265,7 +271,7 @@ class Autoencoder(nn.Module):
         """Set s (see normalise), and bg (C,), which the renderer puts behind planes: the mean of
         (norm(z) + 1) / 2 along the border of the training views of these scenes, the latent of
         the background, which planes then need not hold. Both are set once, as a change would undo
-        what planes have learned. So E could raise latent_psnr in joint by a smaller z, too."""
+        what planes have learned. (So E could raise latent_psnr in joint by a smaller z, too.)"""
         x = torch.cat([scene.pictures(slice(scene.num_tests, None)) for scene in scenes])
         z = self.encoder(x).double()
         sums = torch.stack([z.new_tensor(z.numel()), z.sum(), z.square().sum()])
@@ -302,8 +308,8 @@ class Model(nn.Module):
         self.register_buffer("background", family.bg.clone())  # of RGB planes
 
     def planes(self, params: Tensor) -> Tensor:
-        """Parameters of scenes (n, P) -> tri-planes (n, 3, R, R, F)."""
-        end = self.P - len(self.shared)
+        """Parameters of scenes (n, P), T^mic and then W -> tri-planes (n, 3, R, R, F)."""
+        end = self.P - len(self.shared)                        # of T^mic
         micro = params[:, :end].view(len(params), *self.micro_shape)
         return fuse(micro, params[:, end:], self.shared)
 
@@ -311,7 +317,7 @@ class Model(nn.Module):
         """x (n, N, 3) in the world -> sigmas (n N,) = softplus(raw - 1) [1/length], as EG3D: space
         starts thin; features (n N, C) = 1.002 sigmoid(raw) - 0.001, as Mip-NeRF: reaches 0 and 1.
         raw = MLP(sum of the bilinear samples of planes xy, xz, yz at x), as in EG3D. No view
-        direction: a point has one latent from all sides, so latents are 3D-consistent."""
+        direction: a point has one latent from all sides, so rendered latents are 3D-consistent."""
         u = 2 * (x - self.aabb[0]) / (self.aabb[1] - self.aabb[0]) - 1
         raw = self.mlp(triplane_interp(u, planes)).flatten(0, 1)               # (n N, 1 + C)
         return F.softplus(raw[:, 0] - 1), torch.sigmoid(raw[:, 1:]) * 1.002 - 0.001
@@ -332,9 +338,9 @@ def render(model: Model, planes: Tensor, rays_o: Tensor, rays_d: Tensor,
 
     planes (n, 3, R, R, F), rays (n, h, w, 3) of n pictures -> y (n, C, h, w) in about [-1, 1],
     opacity and depth = sum_j w_j t_j (n, h, w). The part of a ray in the box is divided into
-    equal bins with a sample in the middle of each. Stratified sampling: all bin edges but the two
-    ends move by jitter (n, h, w) - 1/2 of a bin (None: not at all, for evaluation). A latent covers
-    4 x 4 pixels but gets one ray, through its centre. In joint E adapts to such renderings.
+    equal bins with a sample in the middle of each. In training all bin edges but the two ends move
+    by jitter (n, h, w) - 1/2 of a bin, one number per ray. A latent covers 4 x 4 pixels but gets
+    one ray, through its centre. In joint E adapts to such renderings.
     """
     n, shape = len(planes), rays_o.shape[:-1]
     o, d = rays_o.reshape(-1, 3), rays_d.reshape(-1, 3)                        # (r, 3)
@@ -390,14 +396,14 @@ def rays_through(xy: Tensor, c2w: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Batch:
-    """This process's part of a step: n pictures, one each of n scenes."""
+    """This process's part of a step: n pictures, each of another scene."""
     rows: list              # (n,) numbers of the scenes
     x: Tensor               # (n, 3, H, W) in [-1, 1], shifted
     target: Tensor          # of the RGB loss: x; of RGB planes, the colours (n, 3, 1, k) of rays
     rays_o: Tensor          # (n, h, w, 3); of RGB planes (n, 1, k, 3)
     rays_d: Tensor
     jitter: Tensor          # (n, h, w) in [0, 1)
-    share: float            # of the pictures of all processes in this step
+    share: float            # n over the number of pictures of all processes
     encoded: list           # which of the n go through E
     encoded_weight: float   # makes their mean error an unbiased estimate of that of all pictures
 
@@ -421,7 +427,7 @@ def draw_batch(args: Args, phase: Phase, index: int, step: int, rows: range, vie
     if not mine:
         return None
     every = args.encode_every if phase.name == "joint" else 1
-    encoded = [k for k, j in enumerate(mine) if (j + step) % every == 0]       # slots take turns
+    encoded = [k for k, j in enumerate(mine) if (j + step) % every == 0]       # 1 of 4, by turns
     scenes = [slots[j] for j in mine]
     x, c2w, K = zip(*(views[i].training_view(u[j]) for i, j in zip(scenes, mine)))
     x = target = torch.stack([image.roll(shift[j].tolist(), (2, 1)) for image, j in zip(x, mine)])
@@ -572,7 +578,8 @@ def evaluate(model: Model, bank: Optional[Bank], views: dict, rows: range, count
 
     psnr [dB], ssim     of rendered pictures (bank None, in pretrain: not computed)
     autoencoder_psnr    of D(E(x)): the ceiling for planes that copy latents; finetune may pass it
-    latent_psnr         of y against norm(E(x)), in unseen views: how 3D-consistent E is
+    latent_psnr         of y against norm(E(x)), in unseen views: higher where E is more
+                        3D-consistent, but also where E makes z smaller: read it beside psnr
     """
     def mean(score, images, targets):
         return float(torch.stack([score(a, b) for a, b in zip(images, targets)]).mean())
@@ -661,10 +668,10 @@ def make_optimiser(args: Args, phase: Phase, model: Model) -> torch.optim.Adam:
 
 
 def start_phase(phase: Phase, model: Model, bank: Bank, rows: dict, views: dict) -> None:
-    """Before fit: set s and bg from 16 scenes, enough for two means. Planes become noise of 0.1, so
-    that space starts nearly uniform, with W such that sum_k W_k B_k is as large as B_k; RGB planes
-    too. Before new: planes of new cars become the mean of the old cars' (released code: noise; here
-    0.3 dB less, commit 77165b6)."""
+    """Before fit: set s and bg from 16 scenes, enough for such means. T^mic starts as noise of 0.1,
+    so that space starts nearly uniform, W from N(0, 1/M), so that sum_k W_k B_k is as large as B_k.
+    RGB planes start as noise, too. Before new: T^mic and W of new cars become the mean of those of
+    old cars (released code: noise; here 0.3 dB less, one seed, commit 77165b6)."""
     if phase.name == "fit":
         model.autoencoder.set_latent_stats([views[i] for i in rows["old"][:16] if i in views])
     if phase.name in ("fit", "rgb"):
@@ -700,16 +707,16 @@ def train(args: Args) -> dict:
         if phase.name == "new":
             old_model.load_state_dict(model.state_dict())
         start_phase(phase, model, bank, rows, views)
-        # Adam of the shared parts starts anew, as its moments are those of another loss. Moments of
-        # T^mic and W stay with them in the bank, from fit to joint, from new to finetune.
+        # A new Adam for the shared parts, as other parts train now. T^mic and W keep their moments,
+        # which are in the bank, from fit to joint and from new to finetune.
         optimiser = make_optimiser(args, phase, model)
         trained = [p for group in optimiser.param_groups for p in group["params"]]
         planes_lr = args.lr_rgb if phase.name == "rgb" else args.lr
 
         def score(count, pictures):
             bank.to_file([i for i in scenes if i in views])
-            planes = bank if "planes" in phase.trains else None
-            scores = evaluate(model, planes, views, scenes, count)
+            fitted = bank if "planes" in phase.trains else None
+            scores = evaluate(model, fitted, views, scenes, count)
             if pictures and phase.cars == "new":               # after the last step
                 save_strips(model, bank, views, scenes, pictures)
             prefix = "" if phase.cars == "new" else "old_"
@@ -750,7 +757,7 @@ def summarise(args: Args, run: TrainingRun, model: Model, old_model: Model, bank
               views: dict, rows: dict) -> dict:
     """Add to the last scores: old_psnr, old_psnr_new_decoder (of eight old cars, by the decoder of
     joint and that of finetune), ceiling_psnr, new_latent_psnr (autoencoder_psnr and latent_psnr of
-    new cars before finetune), bytes and seconds; print these a phase and a scene."""
+    new cars before finetune), bytes and seconds; print these per phase and per scene."""
     final = {"processes": ranks()[1]}
     each, shared = 4 * model.P, 4 * sum(p.numel() for p in model.parameters())
     if not model.rgb:                                          # there are two decoders
@@ -773,7 +780,7 @@ def summarise(args: Args, run: TrainingRun, model: Model, old_model: Model, bank
         took, before = end["train_seconds"] - before, end["train_seconds"]
         seconds[phase.cars] += took
         scores = ", ".join(f"{name} {end[name]:.2f}" for name in end if name.endswith("psnr"))
-        say(f"phase {phase.name}: {phase.steps} steps of {phase.rays} rays a picture, "
+        say(f"phase {phase.name}: {phase.steps} steps of {phase.rays} rays per picture, "
             f"{1000 * took / phase.steps:.1f} ms each: {scores}")
         if phase.name == "new":
             final["ceiling_psnr"] = end["autoencoder_psnr"]

@@ -2,14 +2,16 @@
 
 Several cameras film a scene. For the first frame, a sparse voxel grid of density and colour is
 optimised well. Each later frame starts from the grid of the frame before it, and gets 60 iterations
-instead of 600. Two masks say which voxels may change. The band is what is near a surface. The other
-mask is where the pilot changed: a grid of half the resolution, which is optimised first. Voxels
-that hardly changed get their last values back. What is left, a small difference, is appended to a
-file, the stream. No later frame is used, so a video can be encoded while it is filmed.
+instead of 600. First the pilot, a grid of half the resolution, is optimised on the new frame. Where
+it changed, the full grid may change. A second mask, the narrow band, allows changes only near the
+border of the existing voxels. Voxels that hardly changed get their last values back. What is left,
+a small difference, is appended to a file, the stream. No later frame is used, so a video can be
+encoded while it is filmed.
 
+    one frame, all steps                                            next_frame
     where the half-resolution model changed                         next_pilot
     what may change: dilate(changed) within the band                masks_of_frame
-    what of the new grid is stored, what is put back                keep_large_changes, next_frame
+    what of the new grid is stored, what is put back                keep_large_changes
     density and colour of a point = interpolation of 8 voxels       render       (Plenoxels, 3.1)
     frame 0, coarse to fine, with total variation                   first_frame  (Plenoxels, 3.4)
     a difference as bytes, and back                                 encode_frame, decode_frame
@@ -61,13 +63,14 @@ class Args(RunArgs):
     """Play this stream instead of training: what a held-out camera sees, as a film beside it."""
     mode: Literal["scratch", "warm", "band", "pilot", "full"] = "full"
     """scratch: each frame anew. warm: from the last one, all voxels free. band, pilot: one mask.
-    full: both. All but scratch have the hull, too: add --no-hull to see a mask alone."""
+    full: both. The hull is a further mask: --no-hull --birth 0 shows those of the paper alone."""
     as_released: bool = False
     """Rays, steps and storage as released: no hull, births, damping, int8, opacity test."""
     hull: bool = True
-    """Only the hull of recently changed pixels may change, and 0.7 of the rays come from them."""
+    """Ours. The full grid may change only near the visual hull of the pixels that changed in the
+    last 3 frames; most rays (0.7 or more) come from such pixels."""
     birth: float = 5.0
-    """Density of new pilot voxels where no surface explains a change, --no-hull or not; 0: none."""
+    """Ours. Density of new pilot voxels where no surface explains a changed pixel; 0: none."""
     damp: float = 1.0               # damping of small gradients in later frames; 0: none (paper)
     resolution: tuple[int, int, int] = (64, 64, 64)
     """Lattice points along x, y, z; the pilot has half of each."""
@@ -81,7 +84,7 @@ class Args(RunArgs):
     """Learning rates of frame 0: density first and last [1/length], coefficients first and last."""
     lr: tuple[float, float, float, float] = (3.0, 1.0, 0.15, 0.01)  # of later frames and pilot
     keep: tuple[float, float] = (0.05, 0.3)
-    """A voxel is stored if its opacity, or its coefficients (sum), changed by more."""
+    """A change is stored if it is larger: of opacity, of visible coefficients (their sum)."""
     pilot_keep: tuple[float, float] = (0.05, 1.0)      # the same for the pilot: what is a change
     key_every: int = 30             # frames from one that is stored whole, a key frame, to the next
 
@@ -93,8 +96,9 @@ PRESETS = {                     # paper: its sizes; --as-released adds its rules
                   pilot_iterations=750, iterations=500, rays=20_000, lr=(1.0, 1.0, 1e-2, 3e-3),
                   first_lr=(30.0, 1.1, 1e-2, 2e-4), keep=(0.05, 1.0), pilot_keep=(0.05, 0.5)),
 }
-THRESHOLD = 5.0                 # all four as released: density of a solid voxel [1/length]
-DILATION, EROSION = 2, 6        # width of the band outside and inside of the surface [points]
+# The constants of the released code:
+THRESHOLD = 5.0                 # a voxel is solid from this density on [1/length]
+DILATION, EROSION = 2, 6        # the band: points outside and inside the border of the voxels
 TV = 5e-4, 5e-3                 # weights of total variation: of density, of coefficients
 EARLY_STOP = 0.01               # a ray ends at this transmittance
 
@@ -145,28 +149,36 @@ class Grid:
 
 
 # -------------------------------------------------- one frame: what may change, and what is kept
-# On a lattice of 6 x 6, an object loses a corner and grows sideways; DILATION 1 and EROSION 2.
-# The pilot (3 x 3) lost its point in row 1, column 0: rows 2-3, columns 0-1 of the lattice. It
-# gained that in row 2, column 2: rows 4-5, columns 4-5.
-#
-#    exists      band        pilot       M           start       stored
-#    ......      ......      ......      ......      ......      ......
-#    ......      #####.      ---...      ####..      0000..      ......
-#    oooo..      #####.      ---...      #####.      ccco0.      .#oo..
-#    oooo..      #####.      ---+++      ######      cccoss      ##oo..
-#    oooo..      ..###.      ---+++      ..####      oocoss      oooo##
-#    oooo..      ..###.      ...+++      ..####      ooooss      oooo##
-#
-# pilot: lost -, gained +, upsampled, with a margin of one point. start: old o, new 0, seeded s,
-# cleared c. Too much is cleared and seeded: the optimisation fills column 2 again, and empties the
-# seeds of row 3. stored (#): what differs from the last frame; the others (o) cost nothing. The
-# outermost voxel of the corner, and new ones that stayed empty, are removed.
+
+def next_frame(prev: Grid, pilot: Grid, pilot_masks, video, target: Tensor, recent: Tensor, args):
+    """From the last grid to that of the frame: -> new grid; stored (G,) bool, its voxels to be
+    written; M (X, Y, Z) bool, what could change; what optimise returns. pilot: of this frame."""
+    # 1. what may change, and what the new grid starts with
+    exists, hull, out = prev.active, None, {}
+    if args.hull:
+        hull = dilate(visual_hull(video, recent, exists.shape), 2)
+    M, start, seeds, cleared = masks_of_frame(exists, pilot_masks, hull, args)
+    new = prev.restrict(start)
+    x = coordinates(seeds, pilot.links.shape)
+    new.values[new.links[seeds].long()] = voxel_interp(x, pilot.links, pilot.values)
+    new.values[new.links[cleared].long()] = 0.0
+    # 2. optimise what may change
+    pixels = pixels_to_train(recent, M & start, video, args)
+    if (M & start).any() and len(pixels):
+        out = optimise(new, video, target, pixels, args.rays,
+                       learning_rates(args.lr, args.iterations), M[start], args.damp)
+    # 3. of what could change, voxels far from solid ones are removed; small changes are undone
+    near = dilate(new.solid(), DILATION)
+    new = new.restrict(start & (near | (exists & ~M)))
+    new, stored = keep_large_changes(prev, new, video, args.keep, args.as_released)
+    return new, stored, M, out
+
 
 def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
-    """The pilot follows the frame, all of its voxels free: an eighth of the voxels finds out where
-    something happens. -> the new pilot; masks (changed, added, removed) of its lattice; changed
-    includes added. It is never stored, nor corrected by the full model, even at key frames. target
-    (P, 3): training pixels, P = V H W; recent (V, H, W) bool: which of them changed lately."""
+    """Optimise all voxels of the pilot on the new frame, and compare it with the last pilot. This is
+    cheap, as its lattice has an eighth of the points. -> the new pilot; masks of its lattice:
+    changed (much, or new), added, removed. It is never stored, nor corrected by the full model.
+    target (P, 3): training pixels, P = V H W; recent (V, H, W) bool: which changed lately."""
     born = births(pilot, video, recent) if args.birth else torch.zeros_like(pilot.active)
     new = pilot.restrict(dilate(pilot.active) | born)
     new.values[new.links[born].long(), 0] = args.birth
@@ -178,6 +190,23 @@ def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
     return new, (changed, new.active & ~pilot.active, pilot.active & ~new.active)
 
 
+# Example of the masks: on a lattice of 6 x 6, an object (all voxels solid) loses a corner and grows
+# sideways; DILATION 1 and EROSION 2. The pilot (3 x 3) lost its point in row 1, column 0: rows 2-3,
+# columns 0-1 of the lattice. It gained that in row 2, column 2: rows 4-5, columns 4-5.
+#
+#    exists      band        pilot       M           start       stored
+#    ......      ......      ......      ......      ......      ......
+#    ......      #####.      ---...      ####..      0000..      ......
+#    oooo..      #####.      ---...      #####.      ccco0.      .#oo..
+#    oooo..      #####.      ---+++      ######      cccoss      ##oo..
+#    oooo..      ..###.      ---+++      ..####      oocoss      oooo##
+#    oooo..      ..###.      ...+++      ..####      ooooss      oooo##
+#
+# pilot: lost -, gained +, upsampled, with a margin of one point. start: old o, new 0, seeded s,
+# cleared c. Too much is cleared and seeded: the optimisation fills column 2 again, and empties the
+# seeds of row 3. stored (#): what differs from the last frame; the others (o) cost a bit each. The
+# outermost voxel of the corner, and new ones that stayed empty, are removed.
+
 def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | None, args):
     """-> masks (X, Y, Z) bool: M, what may change; what the new grid starts with, and, among that,
     the seeded and the cleared voxels. exists: voxels of the last frame.
@@ -187,8 +216,9 @@ def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | Non
         seeds = added within M, where nothing exists        cleared = removed within M
         start = exists or (dilate(exists, DILATION) within M) or seeds
 
-    Without a band read everywhere for it; without a pilot M = band within hull; hull may be None.
-    Why a band: surfaces move a little; deeper inside nothing shows, and no ray would teach it.
+    hull: None, or a further mask. --mode pilot: the band is everywhere; --mode band: M = band.
+    Why a band: from one frame to the next a surface moves by a few points. Voxels deeper inside are
+    hidden; only total variation would change them, and that would be stored.
     Seeds start with the pilot's values, other new voxels and cleared ones with 0. A voxel of
     density 0 beside a solid one can grow: samples between them have sigma > 0, so there is a
     gradient. One far from all surfaces cannot, as relu is flat there: hence seeds.
@@ -240,29 +270,6 @@ def keep_large_changes(prev: Grid, new: Grid, video, keep: tuple, released: bool
     return grid_from(scatter(new.active, kept), values[kept]), stored[kept]
 
 
-def next_frame(prev: Grid, pilot: Grid, pilot_masks, video, target: Tensor, recent: Tensor, args):
-    """One frame: -> grid, stored (G,), M (X, Y, Z), what optimise returns. pilot: of this frame."""
-    # 1. what may change, and what the new grid starts with
-    exists, hull, out = prev.active, None, {}
-    if args.hull:
-        hull = dilate(visual_hull(video, recent, exists.shape), 2)
-    M, start, seeds, cleared = masks_of_frame(exists, pilot_masks, hull, args)
-    new = prev.restrict(start)
-    x = coordinates(seeds, pilot.links.shape)
-    new.values[new.links[seeds].long()] = voxel_interp(x, pilot.links, pilot.values)
-    new.values[new.links[cleared].long()] = 0.0
-    # 2. optimise what may change
-    pixels = pixels_to_train(recent, M & start, video, args)
-    if (M & start).any() and len(pixels):
-        out = optimise(new, video, target, pixels, args.rays,
-                       learning_rates(args.lr, args.iterations), M[start], args.damp)
-    # 3. what is far from solid voxels is removed, and small changes are undone
-    near = dilate(new.solid(), DILATION)
-    new = new.restrict(start & (near | (exists & ~M)))
-    new, stored = keep_large_changes(prev, new, video, args.keep, args.as_released)
-    return new, stored, M, out
-
-
 # ------------------------------------------------------------------ operations on masks and grids
 
 def grid_from(mask: Tensor, values: Tensor) -> Grid:
@@ -312,8 +319,8 @@ def cells_of(mask: Tensor) -> Tensor:
 
 def sample_along_rays(cells: Tensor, rays_o: Tensor, rays_d: Tensor, video):
     """Samples every half voxel of rays (R, 3) through these cells: x (N, 3) lattice coordinates,
-    t_starts, t_ends (N,) metric, offsets (R+1,), ray (N,). march walks in lattice coordinates;
-    `unit` is the length in the world of a step of 1 there: 1 / |scale d|."""
+    t_starts, t_ends (N,) along rays_d, offsets (R+1,), ray (N,). march walks in lattice
+    coordinates; `unit` is the length along rays_d of a step of 1 there: 1 / |scale d|."""
     shape = torch.tensor(cells.shape, device=rays_o.device) - 1.0                   # (3,)
     scale = shape / (video.aabb[1] - video.aabb[0])
     unit = 1 / (rays_d * scale).norm(dim=1)                                         # (R,)
@@ -347,8 +354,8 @@ def render(grid: Grid, cells: Tensor, rays_o: Tensor, rays_d: Tensor, video,
 
 
 def rays_of(video, cameras: list, pixel: Tensor) -> tuple[Tensor, Tensor]:
-    """Rays of pixels (R,), flat indices into (cameras, H, W): rays_o, rays_d (R, 3); in NDC, if the
-    video is, which is one space for all cameras: that of the first."""
+    """Rays of pixels (R,), flat indices into (cameras, H, W): rays_o, rays_d (R, 3). In NDC, if the
+    video is: one space for all cameras, with the intrinsics of the first."""
     camera = torch.tensor(cameras, device=pixel.device)[pixel // (video.H * video.W)]
     xy = torch.stack([pixel % video.W, pixel // video.W % video.H], 1) + 0.5
     rays = pixel_rays(xy, video.K[camera], video.c2w[camera])
@@ -399,7 +406,7 @@ def rmsprop_step(values: Tensor, grad: Tensor, m: Tensor, lr: Tensor, damp: floa
     damp is 0 in frame 0; why it is not later: `beyond the paper`.
 
         m <- g^2 the first time, then 0.95 m + 0.05 g^2
-        values <- values - lr g / (sqrt(m) + damp sqrt(mean of m over the moving rows))   lr (C,)"""
+        values <- values - lr g / (sqrt(m) + damp sqrt(mean of m over the rows) + 1e-8)   lr (C,)"""
     rows = (grad != 0).any(1).nonzero()[:, 0]
     g, before = grad[rows], m[rows]
     after = torch.where(before == 0, g * g, 0.95 * before + 0.05 * g * g)
@@ -408,14 +415,14 @@ def rmsprop_step(values: Tensor, grad: Tensor, m: Tensor, lr: Tensor, damp: floa
 
 
 def learning_rates(lr: tuple, iterations: int) -> Tensor:
-    """Log-linear from first to last (see Args): (iterations, 2), of density, of coefficients."""
+    """Log-linear from first to (nearly) last, see Args: (iterations, 2), density, coefficients."""
     return torch.tensor([[lr[i] * (lr[i + 1] / lr[i]) ** (k / iterations) for i in (0, 2)]
                          for k in range(iterations)])
 
 
 def optimise(grid: Grid, video, target: Tensor, pixels: Tensor, rays: int, rates: Tensor,
              row_mask: Tensor | None = None, damp: float = 0.0) -> dict:
-    """Minimise the squared error of one frame, and TV; replaces grid.values.
+    """Minimise the squared error of one frame, and TV, from grid.values on, which it replaces.
 
     target (P, 3): all training pixels. pixels (n,): those that each iteration draws its `rays`
     from. rates: see learning_rates. row_mask (G,) bool: rows that may change (None: all).
@@ -446,13 +453,14 @@ def optimise(grid: Grid, video, target: Tensor, pixels: Tensor, rays: int, rates
 
 
 def first_frame(video, target: Tensor, args) -> tuple[Grid, dict]:
-    """A frame without a past: -> grid, and what optimise returns.
+    """A frame without a past: -> grid, and what optimise returns. Coarse to fine:
 
-    Coarse to fine: all points of half the resolution start as grey voxels of density 0.1; half of
-    the iterations later only what is near solid voxels goes on at the full one. Photographs have no
-    alpha: a grid could stay transparent where the background has their colour. So optimise takes
-    the mean of the loss over all backgrounds in [0, 1]: on grey, plus (1 - opacity)^2 times their
-    variance, 1/12. The sides of the box (in NDC all but the near plane) start opaque."""
+    1. Half of the iterations at half the resolution, where each point is a grey voxel of density
+       0.1 at first. 2. Interpolate to the full resolution, and prune. 3. The other half there.
+    Photographs have no alpha, so a grid could stay transparent where the background has their
+    colour. So optimise takes the mean of the loss over all grey backgrounds in [0, 1]: the loss on
+    middle grey, plus (1 - opacity)^2 / 12, as 1/12 is their variance. And the outer faces of the
+    box (in NDC all but the near one) start opaque."""
     shape = [side // 2 for side in args.resolution]
     values = torch.zeros(*shape, 1 + 3 * (args.degree + 1) ** 2, device=target.device)
     values[..., 0] = 0.1
@@ -632,7 +640,7 @@ class StreamReader:
 # Damping. RMSProp divides a gradient by its own size: the first step of a row is the whole learning
 # rate, and noise moves walls that rest. With the typical gradient of the moving rows in the divisor
 # small gradients make small steps. Example: gradients 1 and 0.01, damp 1: the mean of m is 0.5, the
-# steps are lr / 1.7 and lr / 72. Measured: 63 kB instead of 193, and 0.9 dB more.
+# steps are lr / 1.7 and lr / 72. DAMP0
 
 CHANGE, MEMORY = 0.03, 3        # tuned on stage: above its noise; frames until it has settled
 INT8_STEPS = 0.05, 0.01         # finest steps: of the square root of density, of coefficients
@@ -670,8 +678,9 @@ def visual_hull(video, pixels: Tensor, shape) -> Tensor:
 
 @torch.no_grad()
 def births(pilot: Grid, video, recent: Tensor) -> Tensor:
-    """Points (X, Y, Z) bool in thin air where something new must be: the hull of the changed pixels
-    that no surface explains, as most of their ray's weight is outside the hull of all of them."""
+    """Points (X, Y, Z) bool of empty space where something new probably appeared: away from voxels,
+    in the visual hull of the changed pixels that are unexplained. A changed pixel is explained if,
+    rendered with the pilot, half of its opacity or more lies in the hull of all changed pixels."""
     hull = dilate(visual_hull(video, recent, pilot.links.shape))
     cells, unexplained = cells_of(pilot.solid(1e-8)), torch.zeros_like(recent)
     for pixel in recent.flatten().nonzero()[:, 0].split(1 << 15):
@@ -684,8 +693,8 @@ def births(pilot: Grid, video, recent: Tensor) -> Tensor:
 
 
 def pixels_to_train(recent: Tensor, mask: Tensor | None, video, args) -> Tensor:
-    """Training pixels (n,) to draw from: 0.7 of n changed lately, the others lie anywhere; given a
-    mask (X, Y, Z), without those whose ray misses it: they teach nothing. With --no-hull: all."""
+    """Training pixels to draw from: 0.7 n that changed lately, and 0.3 n or fewer others, whose ray
+    meets the mask (X, Y, Z), if one is given: others teach nothing. With --no-hull: all pixels."""
     if not args.hull:
         return torch.arange(recent.numel(), device=recent.device)
     n, changed = args.iterations * args.rays, recent.flatten().nonzero()[:, 0]
@@ -752,7 +761,7 @@ def check(args: Args) -> None:
 
 
 def storage(costs: dict, packed: bytes, raw: int) -> dict:
-    """Means over later frames; bytes against those of the last frame in sparse fp16."""
+    """Means over later frames (key frames, too); bytes against those of the last frame in sparse fp16."""
     later = [cost for t, cost in costs.items() if t] or [*costs.values()]
     means = {name: sum(cost[name] for cost in later) / len(later)
              for name in ("bytes", "raw", "stored", "may_change")}
