@@ -6,9 +6,8 @@ instead of 600. First the pilot, a grid of half the resolution, is optimised on 
 it changed, the full grid may change. A second mask, the narrow band, allows changes only near the
 border of the existing voxels. Voxels that hardly changed get their last values back. What is left,
 a small difference, is appended to a file, the stream. No later frame is used, so a video can be
-encoded while it is filmed.
+encoded while it is filmed (next_frame).
 
-    one frame, all steps                                            next_frame
     where the half-resolution model changed                         next_pilot
     what may change: dilate(changed) within the band                masks_of_frame
     what of the new grid is stored, what is put back                keep_large_changes
@@ -16,19 +15,18 @@ encoded while it is filmed.
     frame 0, coarse to fine, with total variation                   first_frame  (Plenoxels, 3.4)
     a difference as bytes, and back                                 encode_frame, decode_frame
 
-Not the paper's: hull, births, damping, int8, the opacity test: --as-released turns them off. Key
-frames, the rounding in the loop and some rules of the masks are ours in every mode.
-
+Ours: hull, births, damping, int8, the opacity test (--as-released turns them off); in all modes key
+frames, rounding in the loop, some rules of the masks.
     python streamrf.py                             30.6 dB, 54 kB a later frame: 1/33 of a whole one
     python streamrf.py --play runs/.../stream.srf  a film of it, from the file alone
-    --size 40 --resolution 40 40 40 --steps 9:    dB    kB and s a later frame
-    --mode scratch                               29.2   518   26
-    --mode warm --no-hull                        27.9   103   2.3
-    --mode band --no-hull                        27.9   100   1.7
-    --mode pilot --no-hull                       28.4    98   3.0   its births find what appears
-    --no-hull (both masks)                       28.4    92   3.0   they save a tenth of the bytes
-    (the default: both masks, and the hull)      28.8    29   2.9
-    --as-released                                25.3   978   3.5   undamped steps want smaller --lr
+    --size 40 --resolution 40 40 40 --steps 9:           dB    kB and s per later frame
+    --mode scratch                                      29.2   518  26   sparse fp16
+    --mode warm --no-hull --keep 0 0                    27.9   222  2.3  from the last frame on
+    --mode warm --no-hull                               27.9   103  2.3  and small changes undone
+    --mode pilot --no-hull --birth 0 (or --mode band)   28.1   104  3.0  and a mask
+    --no-hull                                           28.4    92  3.0  and both, and births
+    (the default)                                       28.8    29  2.9  and the hull
+    --as-released --lr 1 1 1e-2 3e-3 (the paper's)      27.5    87  3.5
 """
 from __future__ import annotations
 
@@ -67,8 +65,8 @@ class Args(RunArgs):
     as_released: bool = False
     """Rays, steps and storage as released: no hull, births, damping, int8, opacity test."""
     hull: bool = True
-    """Ours. The full grid may change only near the visual hull of the pixels that changed in the
-    last 3 frames; most rays (0.7 or more) come from such pixels."""
+    """Ours. Only what is near the visual hull of recently changed pixels may change; 0.7 or more of
+    the rays come from these pixels."""
     birth: float = 5.0
     """Ours. Density of new pilot voxels where no surface explains a changed pixel; 0: none."""
     damp: float = 1.0               # damping of small gradients in later frames; 0: none (paper)
@@ -96,8 +94,7 @@ PRESETS = {                     # paper: its sizes; --as-released adds its rules
                   pilot_iterations=750, iterations=500, rays=20_000, lr=(1.0, 1.0, 1e-2, 3e-3),
                   first_lr=(30.0, 1.1, 1e-2, 2e-4), keep=(0.05, 1.0), pilot_keep=(0.05, 0.5)),
 }
-# The constants of the released code:
-THRESHOLD = 5.0                 # a voxel is solid from this density on [1/length]
+THRESHOLD = 5.0                 # a voxel is solid from this density on [1/length]; all as released
 DILATION, EROSION = 2, 6        # the band: points outside and inside the border of the voxels
 TV = 5e-4, 5e-3                 # weights of total variation: of density, of coefficients
 EARLY_STOP = 0.01               # a ray ends at this transmittance
@@ -151,8 +148,8 @@ class Grid:
 # -------------------------------------------------- one frame: what may change, and what is kept
 
 def next_frame(prev: Grid, pilot: Grid, pilot_masks, video, target: Tensor, recent: Tensor, args):
-    """From the last grid to that of the frame: -> new grid; stored (G,) bool, its voxels to be
-    written; M (X, Y, Z) bool, what could change; what optimise returns. pilot: of this frame."""
+    """-> the grid of the frame; stored (G,), its voxels to be written; M (X, Y, Z), what could
+    change; what optimise returns. prev: the last grid; pilot: that of this frame."""
     # 1. what may change, and what the new grid starts with
     exists, hull, out = prev.active, None, {}
     if args.hull:
@@ -175,9 +172,9 @@ def next_frame(prev: Grid, pilot: Grid, pilot_masks, video, target: Tensor, rece
 
 
 def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
-    """Optimise all voxels of the pilot on the new frame, and compare it with the last pilot. This is
-    cheap, as its lattice has an eighth of the points. -> the new pilot; masks of its lattice:
-    changed (much, or new), added, removed. It is never stored, nor corrected by the full model.
+    """Optimise all voxels of the pilot on the new frame, and compare it with the last pilot: cheap,
+    as its lattice has an eighth of the points. -> the new pilot; masks of its lattice: changed
+    (much, or new), added, removed. It is never stored, nor corrected by the full model.
     target (P, 3): training pixels, P = V H W; recent (V, H, W) bool: which changed lately."""
     born = births(pilot, video, recent) if args.birth else torch.zeros_like(pilot.active)
     new = pilot.restrict(dilate(pilot.active) | born)
@@ -193,7 +190,6 @@ def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
 # Example of the masks: on a lattice of 6 x 6, an object (all voxels solid) loses a corner and grows
 # sideways; DILATION 1 and EROSION 2. The pilot (3 x 3) lost its point in row 1, column 0: rows 2-3,
 # columns 0-1 of the lattice. It gained that in row 2, column 2: rows 4-5, columns 4-5.
-#
 #    exists      band        pilot       M           start       stored
 #    ......      ......      ......      ......      ......      ......
 #    ......      #####.      ---...      ####..      0000..      ......
@@ -201,11 +197,10 @@ def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
 #    oooo..      #####.      ---+++      ######      cccoss      ##oo..
 #    oooo..      ..###.      ---+++      ..####      oocoss      oooo##
 #    oooo..      ..###.      ...+++      ..####      ooooss      oooo##
-#
 # pilot: lost -, gained +, upsampled, with a margin of one point. start: old o, new 0, seeded s,
-# cleared c. Too much is cleared and seeded: the optimisation fills column 2 again, and empties the
-# seeds of row 3. stored (#): what differs from the last frame; the others (o) cost a bit each. The
-# outermost voxel of the corner, and new ones that stayed empty, are removed.
+# cleared c: too many, the optimisation fills column 2 again, and empties the seeds of row 3. stored
+# (#): what differs from the last frame; the others (o) cost a bit each. The outermost voxel of the
+# corner, and new ones that stayed empty, are removed.
 
 def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | None, args):
     """-> masks (X, Y, Z) bool: M, what may change; what the new grid starts with, and, among that,
@@ -217,11 +212,11 @@ def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | Non
         start = exists or (dilate(exists, DILATION) within M) or seeds
 
     hull: None, or a further mask. --mode pilot: the band is everywhere; --mode band: M = band.
-    Why a band: from one frame to the next a surface moves by a few points. Voxels deeper inside are
-    hidden; only total variation would change them, and that would be stored.
+    Why a band: between two frames a surface moves by a few points; voxels deeper inside are hidden,
+    and only total variation would change them.
     Seeds start with the pilot's values, other new voxels and cleared ones with 0. A voxel of
-    density 0 beside a solid one can grow: samples between them have sigma > 0, so there is a
-    gradient. One far from all surfaces cannot, as relu is flat there: hence seeds.
+    density 0 beside a solid one can grow, as samples between them have sigma > 0; one far from all
+    surfaces has no gradient, as relu is flat there: hence seeds.
     Released code: M = dilate(changed) in the band; pilot values replace those of existing voxels,
     which are finer; what is removed is cleared outside of M, too, where nothing can correct it."""
     band = torch.ones_like(exists)
@@ -423,7 +418,6 @@ def learning_rates(lr: tuple, iterations: int) -> Tensor:
 def optimise(grid: Grid, video, target: Tensor, pixels: Tensor, rays: int, rates: Tensor,
              row_mask: Tensor | None = None, damp: float = 0.0) -> dict:
     """Minimise the squared error of one frame, and TV, from grid.values on, which it replaces.
-
     target (P, 3): all training pixels. pixels (n,): those that each iteration draws its `rays`
     from. rates: see learning_rates. row_mask (G,) bool: rows that may change (None: all).
     -> loss and opacity of the last batch."""
@@ -455,12 +449,12 @@ def optimise(grid: Grid, video, target: Tensor, pixels: Tensor, rays: int, rates
 def first_frame(video, target: Tensor, args) -> tuple[Grid, dict]:
     """A frame without a past: -> grid, and what optimise returns. Coarse to fine:
 
-    1. Half of the iterations at half the resolution, where each point is a grey voxel of density
-       0.1 at first. 2. Interpolate to the full resolution, and prune. 3. The other half there.
+    1. half of the iterations at half the resolution, from grey voxels of density 0.1 everywhere;
+    2. interpolated to the full resolution, and pruned; 3. the other half of the iterations.
     Photographs have no alpha, so a grid could stay transparent where the background has their
-    colour. So optimise takes the mean of the loss over all grey backgrounds in [0, 1]: the loss on
-    middle grey, plus (1 - opacity)^2 / 12, as 1/12 is their variance. And the outer faces of the
-    box (in NDC all but the near one) start opaque."""
+    colour. So optimise takes the mean of the loss over all grey backgrounds: that on middle grey,
+    plus (1 - opacity)^2 times their variance, 1/12. And the outer faces of the box (in NDC all but
+    the near one) start opaque."""
     shape = [side // 2 for side in args.resolution]
     values = torch.zeros(*shape, 1 + 3 * (args.degree + 1) ** 2, device=target.device)
     values[..., 0] = 0.1
@@ -640,7 +634,7 @@ class StreamReader:
 # Damping. RMSProp divides a gradient by its own size: the first step of a row is the whole learning
 # rate, and noise moves walls that rest. With the typical gradient of the moving rows in the divisor
 # small gradients make small steps. Example: gradients 1 and 0.01, damp 1: the mean of m is 0.5, the
-# steps are lr / 1.7 and lr / 72. DAMP0
+# steps are lr / 1.7 and lr / 72. --damp 0 (40 px): 77 kB instead of 29, and 0.6 dB less.
 
 CHANGE, MEMORY = 0.03, 3        # tuned on stage: above its noise; frames until it has settled
 INT8_STEPS = 0.05, 0.01         # finest steps: of the square root of density, of coefficients
@@ -678,9 +672,9 @@ def visual_hull(video, pixels: Tensor, shape) -> Tensor:
 
 @torch.no_grad()
 def births(pilot: Grid, video, recent: Tensor) -> Tensor:
-    """Points (X, Y, Z) bool of empty space where something new probably appeared: away from voxels,
-    in the visual hull of the changed pixels that are unexplained. A changed pixel is explained if,
-    rendered with the pilot, half of its opacity or more lies in the hull of all changed pixels."""
+    """Empty points (X, Y, Z) bool where something new probably appeared: in the visual hull of the
+    changed pixels that are unexplained, as the weights of their ray, rendered with the pilot, sum
+    to less than 0.5 inside the hull of all changed pixels."""
     hull = dilate(visual_hull(video, recent, pilot.links.shape))
     cells, unexplained = cells_of(pilot.solid(1e-8)), torch.zeros_like(recent)
     for pixel in recent.flatten().nonzero()[:, 0].split(1 << 15):
@@ -761,7 +755,7 @@ def check(args: Args) -> None:
 
 
 def storage(costs: dict, packed: bytes, raw: int) -> dict:
-    """Means over later frames (key frames, too); bytes against those of the last frame in sparse fp16."""
+    """Means over later frames, key frames included; bytes against the last frame as a key frame."""
     later = [cost for t, cost in costs.items() if t] or [*costs.values()]
     means = {name: sum(cost[name] for cost in later) / len(later)
              for name in ("bytes", "raw", "stored", "may_change")}
