@@ -478,6 +478,9 @@ def train(args: Args) -> dict:
     scene = replace(scene, train=pick_views(scene.train, choose_views(args, scene)))
     scene = to_device(scene, args.device)
     views, centre = scene.train, scene.aabb.mean(0)
+    if scene.ndc and args.entropy_weight:
+        note("on forward-facing scenes the entropy may do harm (fern: -2.5 dB): compare "
+             "with --entropy-weight 0")
     fields = nn.ModuleDict()
     for name in ["coarse", "fine"] if args.fine_samples else ["fine"]:
         fields[name] = MLPField() if args.field == "mlp" else HashField(scene.aabb, args.finest)
