@@ -331,6 +331,7 @@ def test_fields(kind):
     with torch.no_grad():
         for name, parameter in field.named_parameters():
             parameter.normal_(std=3.0 if name == "table" else 0.1)
+    assert kind == "mlp" or field.levels.resolutions[::5] == (8, 32)       # coarsest and finest
     x, d = torch.rand(500, 3) * 2 - 0.8, normalize(torch.randn(500, 3), dim=-1)
     sigmas, features = field.encode(x)
     rgbs = field.colour(features, d)

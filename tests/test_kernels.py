@@ -168,6 +168,8 @@ def test_march_special_rays(backend):
     d = torch.tensor([[1, 0, 0], [1, 0, 0], [0, -1, 0], [0.6, 0, 0.8], [-1, 0, 0],
                       [0, 0, 0], [NAN, 0, 1], [1, 0, 0], [-0.0, 0.0, 1]], dtype=F64)
     assert check_march(backend, o, d, FULL, BOX, 0.3) == [7, 0, 7, 5, 0, 0, 0, 7, 7]
+    counts = check_march(backend, o, d, FULL, BOX, 0.8)         # a middle at the exit is outside
+    assert counts == [2, 0, 2, 2, 0, 0, 0, 2, 2]
     for far in (5.0, 1e10, INF):
         check_march(backend, o, d, FULL, BOX, 0.3, near=-9.0, far=far)
 
@@ -303,6 +305,9 @@ def test_composite_gradcheck(backend, early_stop):
     sigmas, rgbs, *rest = samples([0, 3, 0, 1, 2], C=2, seed=8, density=10.0)
     assert gradcheck(lambda s, c: run(composite, backend, s, c, *rest, early_stop=early_stop),
                      (sigmas.requires_grad_(), rgbs.requires_grad_()))
+    times = [t.requires_grad_() for t in rest[:2]]              # these carry no gradient
+    depth = run(composite, backend, sigmas, rgbs, *times, rest[2])[2].sum()
+    assert torch.autograd.grad(depth, times, allow_unused=True) == (None, None)
 
 
 @over_plain

@@ -800,6 +800,9 @@ def test_pilot_masks(begun, film):
     differs = (dense(pilot) != dense(begun[2])).any(-1)
     assert torch.equal(differs & after & before, changed & before) and changed.any()
     assert not (added & ~changed).any()
+    inputs = begun[2], video, target_of(video, views[2]), recent_of(film, 2)
+    pilot, _ = sr.next_pilot(*inputs, small(pilot_keep=(0.0, 0.0)))         # no change is undone
+    assert not (pilot.active & ~sr.dilate(pilot.solid())).any()             # pruned
 
 
 def test_learning_rates_by_hand():
