@@ -2,14 +2,14 @@
 arXiv 2112.15399).
 
 Four images do not determine a volume: many wrong ones render all four. A common one has density
-spread thinly along the rays (fog), and looks wrong from everywhere else. But most of a real ray is
-empty space. alpha_i is the opacity of interval i of a ray by itself, whatever lies before it; p_i
-is its share of the ray's sum of alphas. If the alphas are spread evenly over all S intervals, the
-entropy H of p is log2 S (6 bits for 64 intervals), in m intervals it is log2 m. InfoNeRF adds H to
-the loss. H needs no colour, so rays of cameras without an image count as well, which see from the
-side what hides in front of a training camera. The H of a real scene is not 0 (two walls: 1 bit,
-thick ones more), so its weight lambda_1 is small. The second term, D, asks that p is nearly equal
-to q, the same distribution on a neighbouring ray: two close rays meet opacity at similar distances.
+spread thinly along the rays (fog), and looks wrong from everywhere else. A real ray is mostly empty
+space: its opacity sits in a few intervals. Cut a ray into S intervals, and let alpha_i be the
+opacity of interval i alone, whatever lies before it. Divided by their sum, they are a distribution
+p. Its entropy H is log2 m bits if m intervals share the opacity equally: 0 for one interval, 6 for
+fog in all of 64. InfoNeRF adds H to the loss. H needs no colour, so it can be asked of rays of
+cameras without an image, too. The H of a real scene is not 0 (two walls: 1 bit), so its weight
+lambda_1 is small. The second term, D, asks that p is nearly equal to q, the same distribution on a
+neighbouring ray: two close rays meet opacity at similar distances.
 
     p_i = alpha_i / sum_j alpha_j,    alpha_i = 1 - exp(-sigma_i delta_i)    ray_density
     M = 1 if sum_i alpha_i > eps (--mask-threshold), else 0                  ray_mask
@@ -18,14 +18,15 @@ to q, the same distribution on a neighbouring ray: two close rays meet opacity a
 Seen rays: of training images; all: also unseen ones. lambda_1 (--entropy-weight) grows from 0 in
 --entropy-ramp steps; lambda_2: --kl-weight. Paper: P(r) = p, P(r~) = q, Q(r) = sum_i alpha_i.
 
-    python infonerf.py --scene lego           PSNR, dB      H, bits   opacity off, on the object
-      (default: both terms)                   19.0 +- 0.1   2.9       0.02  0.83
-      --entropy-weight 0 --kl-weight 0        17.3 +- 0.3   3.4       0.10  0.85
-      --kl-weight 0                           17.1 +- 0.0   1.8       0.02  0.78
-      the same, but the paper's lambda_1 *    17.8 +- 0.2   2.8       0.04  0.81
-      --entropy-weight 0                      stops: uniform fog      0.93  0.99
-100 px, 4 views, three seeds; *: --entropy-weight 1e-3 --entropy-ramp 1. H alone, at our weight,
-takes opacity from the object, too. D alone ends in fog, where p = q; H, largest there, forbids it.
+                                                            mean opacity of pixels
+    python infonerf.py --scene lego       PSNR [dB]     H [bits]  off the object  on the object
+      --entropy-weight 0 --kl-weight 0    17.3 +- 0.3   3.4       0.10            0.85
+      H alone, the paper's weight *       17.8 +- 0.2   2.8       0.04            0.81
+      H alone, our weight: --kl-weight 0  17.1 +- 0.0   1.8       0.02            0.78
+      D alone: --entropy-weight 0         stops, as all is fog    0.93            0.99
+      both, the default                   19.0 +- 0.1   2.9       0.02            0.83
+100 px, 4 views, three seeds; * --entropy-weight 1e-3 --entropy-ramp 1 --kl-weight 0. At our weight
+H alone takes opacity from the object, too. D alone is 0 in fog, where p = q; H is largest there.
 """
 from __future__ import annotations
 
@@ -118,8 +119,8 @@ def ray_mask(sigmas: Tensor, edges: Tensor, threshold: float) -> Tensor:
     gather the ray's traces of opacity in one place. M takes such rays out. The field's own alphas
     decide, as no image tells which unseen rays are empty.
     Example: eps 0.1, the authors': alphas (0.05, 0.06) count, (0.05, 0.04) add 0 to the mean.
-    Measured on lego: no mask scores the same, and so does the released code's mask, which is
-    1 - prod_i (1 - alpha_i) > eps.
+    On lego it is not needed: without a mask (eps = 0) the PSNR is the same, as it is with the
+    released code's, 1 - prod_i (1 - alpha_i) > eps. It is here because the paper has it.
     """
     alphas = -torch.expm1(-sigmas.detach() * edges.diff(dim=1))
     return (alphas.sum(1) > threshold).to(alphas)
@@ -130,9 +131,9 @@ def entropy(p: Tensor) -> Tensor:
 
     0 if one interval has all the opacity, log2 m if m share it equally, so at most log2 S, in
     uniform fog. Example: p = (1/2, 1/4, 1/4) has 1/2 + 1/2 + 1/2 = 1.5 bits.
-    If you change S, tune lambda_1 again. Example: a ray of length 1, with a wall 1/16 thick in fog
-    of sigma = 0.5. A larger S gives the wall itself an entropy, which asks for a thinner wall, and
-    the fog a smaller gradient:
+    If you change S, tune lambda_1 again. Example: a ray of length 1 with a wall 1/16 thick, in fog
+    of sigma = 0.5. With a larger S the wall covers more intervals, so it has more entropy itself,
+    while the gradient on the fog falls:
         S    H of the wall alone    fog's share of p    H           dH / dsigma of the fog
         32   1 bit                  19 %                2.4 bits    1.8
         64   2 bits                 10 %                2.9 bits    1.3
@@ -161,10 +162,10 @@ def rotate_rays(rays_o: Tensor, rays_d: Tensor, centre: Tensor, degrees: float) 
     """Neighbouring rays: each ray gets a random rotation of its own about `centre` (3,), the middle
     of the box, as if its camera had moved.  (R, 3), (R, 3) -> the same.
 
-    At each distance t the neighbour is as far from `centre` as the ray. What lies near the centre,
-    or is about round, is met at about the same t, so in the same interval: p and q can be compared.
-    Outside the box, the hash grid has the features of the nearest face. Released code: about the
-    origin. (LLFF: the rotation is one of NDC, not of a real camera.)
+    A rotation keeps distances from `centre`: what lies near it, or is about round, is met at about
+    the same t. So the neighbour gets the edges of the ray, and p and q can be compared interval by
+    interval. Where these edges leave the box, the hash grid has the features of the nearest face.
+    Released code: about the origin. (LLFF: the rotation is one of NDC, not of a real camera.)
     5 degrees are the authors'. With 1, 5 and 10 degrees, the terms gain 0.9, 1.7, 1.9 dB on lego.
     The rotation vector w is uniform in [-degrees, degrees]^3. With angle a = |w| and k = w / a,
     v' = cos a v + sin a (k x v) + (1 - cos a) (k . v) k  (Rodrigues).
@@ -219,17 +220,19 @@ def sample_unseen_rays(fields, scene: Scene, args: Args) -> tuple:
 
 
 # ----------------------------------------------------------------------------- beyond the paper
-# What the default has otherwise than the paper:
-# * The field is a hash grid, which trains in minutes on a CPU, where the MLP needs a GPU.
+# Main differences of the default from the paper (sizes and rates: see PRESETS):
+# * The field is a hash grid, without a coarse one: minutes on a CPU, where the MLP needs a GPU.
 # * lambda_2 is 250 times the authors' (who use D on DTU only). An MLP is smooth, but a hash grid
 #   stores places apart, and D ties neighbouring rays together.
 # * lambda_1 is 5 times the paper's, because a strong D pulls towards uniform fog. It grows over the
 #   first 375 steps: from the start, it would keep opacity where it lies by chance.
-# * Photographs: each pixel shows something, so opacity should be 1, but H is the same if all alphas
-#   of a ray are halved. Two remedies. PSNR of flower, 6 views, on white and on black:
-#       neither                                                           19.8    23.6 dB
-#       behind each ray, and in its target, the colour of another pixel   22.2    23.2
-#       that, and 0.1 mean (1 - opacity)^2 in the loss                    23.0    23.1
+# * Photographs have no alpha: each pixel shows something, so opacity should be 1, but H is the same
+#   if all alphas of a ray are halved. Two remedies. PSNR of flower (6 views, 63 px, both terms,
+#   seed 0) on a white and on a black background:                     white   black
+#       no remedy                                                     19.8    23.6 dB
+#       the colour of another pixel behind each ray and its target    22.2    23.2
+#       that, and 0.1 mean (1 - opacity)^2 in the loss                23.0    23.1
+#   Without them the result depends on the background. (The table below has the mean of two seeds.)
 #
 # PSNR without and with the two terms; 100 px, 4 views, seeds 0 to 2 (flower, fern: 63 px, 6 views,
 # seeds 0 and 1). All weights and rates were tuned on lego with the first views, on its test views.
@@ -244,7 +247,7 @@ def sample_unseen_rays(fields, scene: Scene, args: Args) -> tuple:
 
 class HashField(nn.Module):
     """Instant-NGP's field, small: hash grid -> MLP -> density and 15 features; these and the view
-    direction -> MLP -> colour. The density starts at e^-1, a fog that has a gradient everywhere."""
+    direction -> MLP -> colour. The density starts near e^-1: a fog has a gradient everywhere."""
     def __init__(self, aabb: Tensor, finest: int):
         super().__init__()
         self.levels = hash_levels(6, 8, finest, 16)
@@ -304,9 +307,10 @@ def sample_pixels(n: int, views: Views, middle: bool) -> Tensor:
 
 def sample_along_rays(fields, rays_o: Tensor, rays_d: Tensor, scene: Scene, args: Args,
                       jitter: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """Edges of each ray's intervals in the scene's box, no gradient. For the coarse field --samples
-    of equal length, whose inner edges jitter (R,) in [0, 1) shifts together (None: evaluation); for
-    the fine one these and --fine-samples more, drawn by the coarse weights."""
+    """Edges of each ray's intervals for the coarse field and for the fine one, no gradient. Coarse:
+    --samples equal steps through the scene's box, whose inner edges all shift by the same part of a
+    step, by jitter (R,) in [0, 1) (None: evaluation). Fine: the same and --fine-samples more edges,
+    drawn in proportion to the coarse weights."""
     box = ray_box(rays_o, rays_d, scene.aabb, scene.near, scene.far)           # (R, 2)
     edges = resample(box, torch.ones_like(box[:, :1]), args.samples, jitter)   # (R, samples + 1)
     if not args.fine_samples:
@@ -364,7 +368,7 @@ def render_image(fields, scene: Scene, views: Views, v: int, args: Args, chunk: 
 
 
 def evaluate(fields, scene: Scene, args: Args, views: Optional[int], pictures=None) -> dict:
-    """Scores of `views` evenly spaced test images (None: all, or 25 of 50 and more, as the paper).
+    """Scores of `views` evenly spaced test images (None: all, of 50 and more some 25, as in paper).
     Means over images: psnr [dB], ssim, psnr_masked inside the object's mask (DTU). Means over
     pixels: opacity, that where alpha is 1 and where it is 0, entropy_bits where opacity > 0.1.
     pictures: folder for strips (target | render | error | depth) and rays.png.
@@ -448,21 +452,21 @@ def check(args: Args) -> None:
     require(args.view_seed is None or not args.views, "--view-seed: not together with --views")
 
 
-ADVICE = "use a lower --entropy-weight, --kl-weight or --lr, or another --seed"
+ADVICE = "use another --entropy-weight, a lower --kl-weight or --lr, or another --seed"
 
 
-def check_opacity(opacity: Tensor, alpha: Optional[Tensor], step: int) -> None:
-    """Stop where the field has collapsed, note fog. opacity (R,) of seen rays, alpha (R,) of their
-    pixels (None: photographs, not checked); not before step 200, as every field starts as fog.
+def check_opacity(opacity: Tensor, image_alpha: Optional[Tensor], step: int) -> None:
+    """Stop where the field has collapsed, note fog. opacity (R,) of seen rays, image_alpha (R,)
+    of their pixels (None: photographs, not checked); not before step 200: fields start as fog.
     on, off: mean opacity where the images show the object, and where they show nothing.
-    on < 0.5: the object vanishes. A large lambda_1 lowers all but the largest alphas of a ray.
+    on < 0.5: the object vanishes. A large lambda_1 lowers all but the largest alpha_i of a ray.
     on - off < 0.1: the object does not stand out of the fog around it.
     off > 0.3: fog beside the object; a note only, as mic without the terms ends so.
     """
-    if alpha is None or step < 200 or min(alpha.sum(), (1 - alpha).sum()) < 5:
+    if image_alpha is None or step < 200 or min(image_alpha.sum(), (1 - image_alpha).sum()) < 5:
         return
-    on = float((opacity * alpha).sum() / alpha.sum())
-    off = float((opacity * (1 - alpha)).sum() / (1 - alpha).sum())
+    on = float((opacity * image_alpha).sum() / image_alpha.sum())
+    off = float((opacity * (1 - image_alpha)).sum() / (1 - image_alpha).sum())
     found = f"by step {step}: mean opacity {on:.2f} on the object, {off:.2f} off it"
     require(on >= 0.5, f"the field is emptying {found}: {ADVICE}")
     require(on - off >= 0.1, f"the field is a uniform fog {found}: {ADVICE}")
@@ -479,7 +483,7 @@ def train(args: Args) -> dict:
     scene = to_device(scene, args.device)
     views, centre = scene.train, scene.aabb.mean(0)
     if scene.ndc and args.entropy_weight:
-        note("on forward-facing scenes the entropy may do harm (fern: -2.5 dB): compare "
+        note("on forward-facing scenes the entropy may do harm (fern: -2.6 dB): compare "
              "with --entropy-weight 0")
     fields = nn.ModuleDict()
     for name in ["coarse", "fine"] if args.fine_samples else ["fine"]:
@@ -512,9 +516,9 @@ def train(args: Args) -> dict:
             loss = loss + 0.1 * ((1 - out["opacity"]) ** 2).mean()
         entropy_loss = kl_loss = torch.zeros(())
         if args.entropy_weight or args.kl_weight:
-            # 2. seen and unseen rays, R = 128 + 64 = 192 by default; p of the fine field on them.
-            # Seen rays need the terms as well: fog can have the right colours. On lego, unseen rays
-            # alone (released code) and seen rays alone are within 0.5 dB of both (one seed).
+            # 2. seen and unseen rays, R = 128 + 64 = 192 by default; p of the fine field on them:
+            # fog on seen rays can have the right colours, unseen rays see it from the side. (On
+            # lego, unseen rays alone, as released, and seen rays alone are within 0.5 dB of both.)
             unseen = sample_unseen_rays(fields, scene, args)
             all_o, all_d = (torch.cat([a, b]) for a, b in zip(rays, unseen))   # (R, 3) each
             all_edges = torch.cat([edges, unseen[2]])                          # (R, S + 1)
