@@ -3,15 +3,16 @@
 
 Views come in tasks: first those of one side of an object, then those of the other side. While a
 field trains on task 2, it forgets task 1: its renders of the first side get worse. A learner keeps
-something of each old task against that. In NeRF-CL these are rays with their colours (replay; as
-released, --preset paper, the 12 % of highest loss, and those of high loss more often) or the old
-model, a frozen copy from the end of the previous task, whose colours of new rays the field has to
-keep (distill). ewc, generative and mixed are not in the release.
+something of each old task against that. NeRF-CL has two main ways. replay: store some rays with
+their colours, and train on them again (as released, --preset paper: the 12 % of highest loss, and
+those of high loss more often). distill: keep a frozen copy of the model from the end of the
+previous task, the old model; on new rays the field is held to its colours. The release does not
+have ewc, generative and mixed.
 
     loss of a step = l(f, y) on rays of the present task + old loss, the term against forgetting
-
-l: mean squared error; f, y, s: colours of rays as rendered by the model, in the images, by the old
-model; theta, theta*: weights of both; w: --replay-weight. PSNR [dB] of held-out views after task 2:
+l: mean squared error; f: colours of rays as rendered by the model; y: in the images; s: as rendered
+by the old model; theta, theta*: weights of model, of old model; h: importance of each weight; w:
+--replay-weight; lambda: --ewc-weight. PSNR [dB] of held-out views after task 2:
 
 | learner    | old loss                                      | class            | task 1 | task 2 |
 |------------|-----------------------------------------------|------------------|-------:|-------:|
@@ -23,10 +24,9 @@ model; theta, theta*: weights of both; w: --replay-weight. PSNR [dB] of held-out
 | generative | w l(f, s) on rays of old cameras              | GenerativeReplay |   31.9 |   31.7 |
 | mixed      | w l on half stored rays, half generated ones  | Mixed            |   31.9 |   31.8 |
 | joint      | none; the rays of all tasks from the start    | Joint            |   31.9 |   31.6 |
-Lego, 64 px, --steps 2000 per task, seeds 0 to 2. After task 1: 31.1 and 19.8 dB (not yet seen).
-
-    python continual.py (mixed, 800 steps): 30.5, 30.6 dB; forgetting 0.0, backward transfer +1.4
-    --learner naive, to see forgetting:     24.2, 31.1 dB; 4.9 and -4.9 (after task 1: 29.1)
+Hard split, 64 px, --steps 2000 per task, seeds 0 to 2. After task 1: 31.1 and, unseen, 19.8 dB.
+    python continual.py (mixed, 800 steps): 30.5, 30.6 dB (task 1 was 29.1): backward transfer +1.4
+    --learner naive, to see forgetting:     24.2, 31.1 dB (task 1 was 29.1): backward transfer -4.9
 """
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Args(SceneArgs):
     """What is kept of old tasks: see the table at the top of the file."""
 
     rays: int = 1024
-    """New rays per step; learners that replay add as many old ones (fewer if fewer are stored)."""
+    """New rays per step. Learners that replay add as many old ones (if so many are stored)."""
     replay_weight: float = 1.0
     """w, weight of the loss of old rays (1: as that of the new ones; agem: any w > 0 is alike)."""
     buffer_share: float = 0.12
@@ -109,7 +109,7 @@ class Naive:
     num_rays     the number of new rays of a step
     backward     called at each step: sets the gradients, returns the loss to log (first task: as
                  Naive, for all learners)
-    old_loss     called by backward: the old loss of the table. batch: what render_and_loss gives
+    old_loss     called by backward: the old loss of the table (agem takes that of replay)
     `parts` is what a learner keeps: it is stored in checkpoints."""
     keeps_model = False                    # True: consolidate copies the model to old_model
 
@@ -151,10 +151,10 @@ class Joint(Naive):
 
 class Distillation(Naive):
     """l(f, s) on the new rays (learning without forgetting), with weight 1 as released. The old
-    model has seen little of the new side, so s is wrong there. The sum of both losses is least at
-    f = (y + s) / 2 (y = 0.9, s = 0.5 -> f = 0.7): half the error of s stays, a quarter of its
-    square, so task 2 is at best 10 log10(4) = 6 dB above the old model: 19.8 + 6.0 = 25.8 dB. The
-    table has 25.1, naive 32.2. The release reports task 1 only."""
+    model has seen little of the new side, so s is wrong there. If each colour were free, the sum of
+    both losses would be least at f = (y + s) / 2 (y = 0.9, s = 0.5 -> f = 0.7): half the error of s
+    stays, a quarter of its square, so task 2 is 10 log10(4) = 6 dB above the old model. This gives
+    19.8 + 6.0 = 25.8 dB; the table has 25.1, naive 32.2. The release reports task 1 only."""
     keeps_model = True
 
     def old_loss(self, model, batch):
@@ -164,11 +164,11 @@ class Distillation(Naive):
 
 
 class EWC(Naive):
-    """Elastic weight consolidation. Near theta* the old loss is about L(theta*) + g.d + d.H d / 2,
-    where d = theta - theta*. Training on the old task is over, so its gradient g is taken to be 0;
-    its Hessian H is replaced by the diagonal h of its Gauss-Newton matrix. What is left is the
-    penalty for lambda = 1: weights that change old colours much (large h_i) are held fast. There is
-    one h, the sum over old tasks, and one theta*, the newest."""
+    """Elastic weight consolidation: weights that matter for old colours should move little. L, the
+    loss on old rays, is about L(theta*) + g.d + d.H d / 2 near theta*, where d = theta - theta*.
+    Training on them is over, so the gradient g is taken to be 0; the Hessian H is replaced by the
+    diagonal h of its Gauss-Newton matrix. What is left is the penalty for lambda = 1. There is one
+    h, the sum over old tasks, and one theta*, the newest."""
     keeps_model = True
 
     def __init__(self, args, data, model):
@@ -199,8 +199,8 @@ def gauss_newton_diagonal(render_batch, parameters: list[Tensor], batches: int) 
     render_batch() -> f (n, 3), colours of other rays each time -> h: a tensor for each parameter.
 
     A backward pass for each of the 3n numbers f_nc would be slow. Instead, each gets a random
-    sign z_nc = +1 or -1, and one pass gives sum_nc z_nc d f_nc. The mean of its square is
-    sum_nc (d f_nc)^2, as the products of different ones cancel (Hutchinson's estimator). Two
+    sign z_nc = +1 or -1, and one pass gives sum_nc z_nc d f_nc. In its square the products of
+    different ones have random signs and cancel on average; sum_nc (d f_nc)^2 is left. Two
     of them with d f = 3 and 4: squares (3 + 4)^2 = 49 and (3 - 4)^2 = 1, mean 25 = 9 + 16.
     EWC's paper takes the Fisher information: h / (2 v), if colours have noise of variance v."""
     importance = [torch.zeros_like(theta) for theta in parameters]
@@ -260,10 +260,10 @@ def generated_batch(old_model: Model, data: RayData, n: int) -> tuple[Tensor, Te
 
 
 class Mixed(Replay):
-    """Half of the old rays from a buffer, half from the old model. The default: on task 1 it is
-    within 0.2 dB of the better one of replay and generative, with the hash grid (mixed 31.9 dB;
-    replay 29.2, generative 31.9) and the MLP (26.6; 26.8, 25.9; an earlier version, 1500 steps). A
-    topk fill with w = 0.5 is as good, so the fill is random, which needs no losses."""
+    """Half of the old rays from a buffer, half from the old model. The default, as it is within 0.2
+    dB of the better one on task 1: with the hash grid that is generative (31.9 dB; replay 29.2,
+    mixed 31.9), with the MLP replay (26.8; generative 25.9, mixed 26.6; an earlier version). A topk
+    fill with w = 0.5 is as good (32.0), so the fill is random, which needs no losses."""
     keeps_model = True
 
     def old_batch(self, n):
@@ -306,10 +306,10 @@ class ReplayBuffer:
     """At most B rays of old tasks: ray_index (B,), rgb (B, 3) as bytes and, where losses decide
     what is kept or drawn, loss (B,): 7 or 11 bytes per ray, where a pixel of an image has 3.
 
-    add      When a task is over, with the model's squared error of each of its rays.
-             topk: of old and new rays, those of highest loss stay. random: each of the rays_seen
-             rays so far is stored with probability B / rays_seen (as in reservoir sampling), so
-             n_new new ones get B n_new / rays_seen places. uniform: so many evenly spaced ones.
+    add      When a task is over, all of its rays come, with the model's squared errors if needed.
+             topk: of old and new rays, those of highest loss stay. random: all rays so far have the
+             same chance to be stored, so n_new new ones get B n_new / rays_seen places, and as many
+             old ones go. uniform: the same numbers, evenly spaced.
     draw     Indices of the rays that one step replays, no two alike.
     refresh  The losses of drawn rays become their newest errors. Not with --soft-targets: errors
              against the model's own colours are not comparable to the stored losses.
@@ -498,8 +498,8 @@ class RayData:
 
 class HashField(nn.Module):
     """Most weights are rows of a table, which rays elsewhere touch only by collisions. Yet a table
-    forgets: when the small MLPs were frozen in task 2, naive training ended with 24.0 dB on task 1,
-    and with 23.8 dB when not (hard split, 2000 steps, an earlier version of this file)."""
+    forgets: with the small MLPs frozen in task 2, naive training ended with 24.0 dB on task 1, with
+    the table frozen with 23.5, else with 23.8 dB (an earlier version; which rows: not measured)."""
     encode_directions = staticmethod(spherical_harmonics)                      # (R, 3) -> (R, 16)
 
     def __init__(self, args: Args, aabb: Tensor):
@@ -524,7 +524,7 @@ def frequencies(x: Tensor, count: int = 4) -> Tensor:
 
 
 class MLPField(nn.Module):
-    """NeRF's MLP: every weight takes part in every place. x enters again at a fifth layer."""
+    """NeRF's MLP: every weight takes part in every place. x enters again at the fifth layer."""
     encode_directions = staticmethod(frequencies)                              # (R, 3) -> (R, 27)
 
     def __init__(self, args: Args, aabb: Tensor):

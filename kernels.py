@@ -6,7 +6,7 @@
     voxel_interp     positions, sparse voxel grid    -> features                to the values
     triplane_interp  positions, three planes         -> features                to the planes
 
-How a script joins them, R rays with N samples in total, in a box from (-1, -1, -1) to (1, 1, 1):
+How a script joins three of them, R rays with N samples in total, in the box from -1 to 1:
     t0, t1, offsets, ray = march(rays_o, rays_d, occupied, aabb, step)  # (N,), (N,), (R+1,), (N,)
     x = rays_o[ray] + (t0 + t1)[:, None] / 2 * rays_d[ray]              # (N, 3) middles
     sigmas, rgbs = mlp(hash_encode((x + 1) / 2, table, levels))         # (N,), (N, 3)
@@ -16,8 +16,8 @@ rows 0 and 1 of every (N, ...) tensor, ray 1 none, ray 2 the rows 2, 3, 4.
 
 Each section: mathematics and gradient; `NAME_ref`, plain PyTorch to compare with it line by line;
 Triton forward and backward (march: forward); the public `NAME(..., backend="auto")`. A reference
-writes each intermediate result to memory, that of hash_encode eight tensors of N x F for each
-level; a kernel keeps it in registers, reads inputs and writes outputs only: this is why it is fast.
+writes each intermediate result to memory, that of hash_encode 24 tensors of N x F for each level; a
+kernel keeps them in registers: this is why it is fast.
 Letters: C channels, L levels, F features, M rows of a table, B scenes, H rows and W columns of a
 plane. d_name is the gradient of the loss to name.
 
@@ -56,10 +56,10 @@ except ImportError as error:            # macOS, Windows: everything but backend
     tl = SimpleNamespace(constexpr=None)
     triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda later: later))
 
-# A Triton kernel runs once for each point of a grid. Such a run is a program, tl.program_id its
-# number. It computes with blocks: tl.arange(0, 32) is one of 32 numbers; tl.load(pointer + offsets,
-# mask, other) reads where mask is true. tl.constexpr arguments are fixed when it is compiled. A
-# program has 4 warps of 32 threads here, to which Triton deals the elements of its blocks.
+# A Triton kernel is started once for each point of a grid. Each start is a program, and its number
+# tl.program_id. It computes on whole vectors: tl.arange(0, 32) is 0, 1, ..., 31; tl.load(pointer +
+# offsets, mask, 0.0) reads where mask is true and gives 0.0 elsewhere. tl.constexpr arguments are
+# fixed when it is compiled. A program has 4 warps of 32 threads here, which share the elements.
 BLOCK_R, BLOCK_S = 4, 32    # march, composite: 32 samples of 4 rays (one per warp) at a time
 BLOCK_N = 128               # hash_encode: positions of a program, one for each thread
 BLOCK_NF = 512              # voxel_interp, triplane_interp: positions x features of a program
@@ -123,8 +123,8 @@ def _divide(a, b):
 
 # ===================================================================================== 1. march
 # Instant-NGP appendix E, with equal steps and a single grid. A ray o + t v (v = rays_d) meets the
-# planes x = low_x and x = high_x at t = (low_x - o_x) / v_x and (high_x - o_x) / v_x. It is inside
-# the box where it is inside all three slabs:
+# planes x = low_x and x = high_x at t = (low_x - o_x) / v_x and (high_x - o_x) / v_x: the smaller t
+# is its entry, the larger its exit. It is inside the box where it is inside all three slabs:
 #     t_in = max(near, the three entries)        t_out = min(far, the three exits)
 # Points along the ray:
 #     t_k = t_in + (k + jitter) step             interval [t_k, t_k + step]
@@ -134,7 +134,7 @@ def _divide(a, b):
 # t_out. Empty cells are looked up, not skipped, so that 32 points can be tested at once.
 # At most floor((t_out - t_in) / step + 1/2) points have their middle before t_out. If |v| = 1,
 # t_out - t_in is at most the diagonal of the box. More than two diagonals, possible if |v| < 1/2,
-# are an error, as memory has a limit; |v| itself is not checked.
+# are an error (with a budget: no samples), as memory has a limit; |v| itself is not checked.
 
 TOO_SHORT = "rays_d: in the box for more than twice its diagonal: give unit directions"
 
@@ -277,7 +277,7 @@ def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter, budge
     grid = (triton.cdiv(R, BLOCK_R),)
     launch = partial(_launch, _march_kernel, grid, *inputs, fp_fusion=False)
     counts = rays_o.new_zeros(R + 1, dtype=torch.int64)     # after a leading 0
-    launch(counts, jitter, jitter, counts, *sizes, False)   # counts; three unused pointers
+    launch(counts, jitter, jitter, counts, *sizes, False)   # 1. counts; the others are not used
     if budget is None:
         offsets = counts.cumsum(0)
         N = int(offsets[-1])                                # waits for the GPU
@@ -288,7 +288,7 @@ def _march_triton(rays_o, rays_d, occupied, aabb, step, near, far, jitter, budge
         offsets = totals.clamp(max=budget)
         N = budget
     t_starts, t_ends, ray_indices = rays_o.new_zeros(N), rays_o.new_zeros(N), offsets.new_zeros(N)
-    launch(offsets, t_starts, t_ends, ray_indices, *sizes, True)
+    launch(offsets, t_starts, t_ends, ray_indices, *sizes, True)            # 2. samples
     samples = t_starts, t_ends, offsets, ray_indices
     return samples if budget is None else (*samples, totals[-1] - offsets[-1])
 
@@ -387,10 +387,10 @@ def _exclusive_cumsum(terms, REVERSE: tl.constexpr):
 
 @triton.jit
 def _alpha(tau):
-    """1 - exp(-tau) to full relative precision. The rounded q = exp(-tau) belongs to another tau' =
-    -log q, some 6e-8 away, which is much where tau is small. 1 - q, exact for q > 1/2, is the alpha
-    of tau'. But alpha / tau is nearly the same for both: alpha = tau (1 - q) / -log q. tl.log
-    becomes CUDA's logf, accurate also near 1 (a test makes sure that it is not lg2.approx)."""
+    """1 - exp(-tau) to full relative precision, without expm1 (not in triton.language). For small
+    tau the rounded q = exp(-tau) has lost digits of tau, and so has 1 - q. But -log q has lost the
+    same ones, so (1 - q) / -log q is accurate (Kahan): alpha = tau (1 - q) / -log q. tl.log becomes
+    CUDA's logf, accurate also near 1 (tests/test_kernels.py: it is not lg2.approx)."""
     q = tl.exp(-tau)
     return tl.where(q == 1, tau, tl.where(q > 0.5, _divide((q - 1) * tau, tl.log(q)), 1 - q))
 
@@ -513,9 +513,9 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
     """Volume rendering of packed samples (NeRF eq. 3), front to back.
 
     sigmas (N,) density per unit of t, at least 0; rgbs (N, C), C small; t_starts, t_ends (N,)
-    finite; offsets (R+1,) int64, rising from 0. Samples behind offsets[-1] are in no ray: weight
-    and gradient are 0. early_stop: those with T_i below it get 0 too, as in renderers that stop
-    there. Here it is only a cut-off in the result, all samples are read, no time is saved.
+    finite; offsets (R+1,) int64, from 0 on, never falling. Samples after offsets[-1] are in no ray:
+    weight and gradient are 0. early_stop: those with T_i below it get 0 too, as in renderers that
+    stop there. It is only a cut-off in the result: all samples are read, no time is saved.
     Returns rgb (R, C), opacity (R,), depth (R,) (divide by opacity for a mean), weights (N,). A ray
     without samples gives zeros. There is no background: add (1 - opacity) bg.
     Gradient of all four outputs to sigmas and rgbs; none to the times.
@@ -543,7 +543,7 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
 # of the table, are interpolated trilinearly, and the levels are concatenated:
 #     p = clamp(x, 0, 1) res      c = min(floor(p), res - 1)      u = p - c
 #     w_k = prod_a (u_a if k_a else 1 - u_a)                      a = x, y, z
-#     out[l] = sum_k w_k table[row(c + k)]                    k_x, k_y, k_z in {0, 1}
+#     out[l] = sum_k w_k table[row(c + k)]        corner k = (k_x, k_y, k_z), each 0 or 1
 # The resolutions grow geometrically from base to finest, in the paper N_min and N_max (eq. 2, 3):
 #     res_l = floor(base * b**l), l = 0 ... L - 1      b = (finest / base)**(1 / (L - 1))
 # A level of (res+1)**3 <= P corners, P = 2**log2_table (the paper's T), is dense: each has a row.
@@ -556,7 +556,7 @@ def composite(sigmas, rgbs, t_starts, t_ends, offsets, early_stop=0.0, backend="
 #     d_table[row(c + k)] += w_k g
 #     d_x_a += res sum_k (dw_k/du_a) (g . table[row(c + k)])
 # dw_k/du_a is the product of the two other factors, negative where k_a = 0. Where the clamp acts,
-# d_x_a = 0, while the rows of the nearest face still receive their gradient.
+# d_x_a = 0, while the rows of the nearest point of the cube still receive their gradient.
 
 class HashLevels(NamedTuple):
     """Layout of a hash table. Tuples of length L; offsets has L + 1, and the last is M."""
@@ -669,8 +669,8 @@ def _hash_row(corner, layout):
 def _hash_kernel(x_ptr, table_or_d_table_ptr, layout_ptr, out_or_d_out_ptr, N, L: tl.constexpr,
                  F: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
                  BACKWARD: tl.constexpr):
-    """Forward: out[n] = sum_k w_k table[row_k]. BACKWARD, the transpose: d_table[row_k] += w_k
-    d_out[n], where d_table and d_out take the places of table and out. Both visit the same n and k.
+    """Forward, a gather: out[n] = sum_k w_k table[row_k]. BACKWARD, a scatter: d_table[row_k] +=
+    w_k d_out[n]; d_table and d_out take the places of table and out. Both visit the same n and k.
     The level is the second grid axis. Axis 0 varies fastest in the usual launch order, so that
     mostly one level is in flight, whose rows can stay in the L2 cache; but x is read L times."""
     level = tl.program_id(1)
@@ -720,7 +720,7 @@ def _hash_backward_x(x_ptr, table_ptr, layout_ptr, d_out_ptr, d_x_ptr, N, L: tl.
 
 @lru_cache(maxsize=16)
 def _layout(levels, device):
-    """(L, 4) int32: resolution, size, first row, dense. Cached: no step copies it to the GPU."""
+    """(L, 4) int32: resolution, size, first row, dense. Cached: the first step copies it only."""
     return torch.tensor(list(zip(*levels)), dtype=torch.int32, device=device)
 
 
@@ -754,7 +754,7 @@ class _HashTriton(torch.autograd.Function):
 def hash_encode(x, table, levels, backend="auto"):
     """Features of positions from a multiresolution hash table.
 
-    x (N, 3) in [0, 1]; outside, a position has the features of the nearest face. table (M, F),
+    x (N, 3) in [0, 1]; outside, the features are those of the cube's nearest point. table (M, F),
     M = levels.offsets[-1]; levels from hash_levels. Returns (N, L F), one level after the other.
     Gradient to table and x (the other lookups give x none: no script needs it). A loss on the
     gradient to x, as on a normal, needs "reference".
@@ -986,8 +986,8 @@ def triplane_interp(x, planes, backend="auto"):
 
 # ============================================================================= what a CPU runs
 # backend="torch" of the three lookups, three to four times as fast as the references on two cores.
-# out = S table, where row n of the sparse matrix S holds the weights of position n: embedding_bag
-# gathers and adds rows in one pass; d_table = S^T d_out is added in an order fixed on a CPU.
+# embedding_bag gathers rows and adds them, each times its weight, in one pass. Backward adds in an
+# order that is fixed on a CPU. Nothing here is needed to understand the kernels.
 
 def _transpose_contiguous(matrix):
     """PyTorch copies a transposed matrix on one thread, a transposed 3-D tensor on all."""
@@ -1194,9 +1194,9 @@ def _results(function, inputs, backend):
 
 
 def check(name, backend, rays, device):
-    """"ok", or what is wrong. In float32 the backend may be 4 times as far from the reference in
-    float64 as the reference is, as it adds in another order, plus 1e-6 of the largest value. march
-    must equal the reference in float32: in float64 a middle may be in another cell."""
+    """"ok", or what is wrong. With exact and plain, the reference in float64 and float32, wanted is
+    max |found - exact| <= 4 max |plain - exact| + 1e-6 max |exact|, as sums have another order. The
+    result of march must equal plain: in float64 a middle may be in another cell."""
     exact, plain, found = (
         _results(*_cases(rays, dtype, device)[name], which)
         for dtype, which in ((torch.float64, "reference"), (torch.float32, "reference"),

@@ -2,16 +2,16 @@
 
 Several cameras film a scene. For the first frame, a sparse voxel grid of density and colour is
 optimised well. Each later frame starts from the grid of the frame before it, and gets 60 iterations
-instead of 600. First the pilot, a grid of half the resolution, is optimised on the new frame. Where
-it changed, the full grid may change. A second mask, the narrow band, allows changes only near the
-border of the existing voxels. Voxels that hardly changed get their last values back. What is left,
-a small difference, is appended to a file, the stream. No later frame is used, so a video can be
-encoded while it is filmed (next_frame).
+instead of 600. First the pilot, a grid of half the resolution, is optimised on the new frame. The
+full grid may only change where the pilot changed and, a second mask, in a narrow band around the
+border of the existing voxels (or where the pilot gained some). Voxels that hardly changed get their
+last values back. What is left, a small difference, is appended to a file, the stream. No later
+frame is used, so a video can be encoded while it is filmed (next_frame).
 
     where the half-resolution model changed                         next_pilot
-    what may change: dilate(changed) within the band                masks_of_frame
+    what may change: pilot's changes, dilated, within the band      masks_of_frame
     what of the new grid is stored, what is put back                keep_large_changes
-    density and colour of a point = interpolation of 8 voxels       render       (Plenoxels, 3.1)
+    density and colour from interpolated values of 8 points         render       (Plenoxels, 3.1)
     frame 0, coarse to fine, with total variation                   first_frame  (Plenoxels, 3.4)
     a difference as bytes, and back                                 encode_frame, decode_frame
 
@@ -63,7 +63,7 @@ class Args(RunArgs):
     """scratch: each frame anew. warm: from the last one, all voxels free. band, pilot: one mask.
     full: both. The hull is a further mask: --no-hull --birth 0 shows those of the paper alone."""
     as_released: bool = False
-    """Rays, steps and storage as released: no hull, births, damping, int8, opacity test."""
+    """No hull, births, damping, int8 and opacity test, as released."""
     hull: bool = True
     """Ours. Only what is near the visual hull of recently changed pixels may change; 0.7 or more of
     the rays come from these pixels."""
@@ -95,7 +95,7 @@ PRESETS = {                     # paper: its sizes; --as-released adds its rules
                   first_lr=(30.0, 1.1, 1e-2, 2e-4), keep=(0.05, 1.0), pilot_keep=(0.05, 0.5)),
 }
 THRESHOLD = 5.0                 # a voxel is solid from this density on [1/length]; all as released
-DILATION, EROSION = 2, 6        # the band: points outside and inside the border of the voxels
+DILATION, EROSION = 2, 6        # the band: points outside and inside the border; pruning: outside
 TV = 5e-4, 5e-3                 # weights of total variation: of density, of coefficients
 EARLY_STOP = 0.01               # a ray ends at this transmittance
 
@@ -199,8 +199,8 @@ def next_pilot(pilot: Grid, video, target: Tensor, recent: Tensor, args):
 #    oooo..      ..###.      ...+++      ..####      ooooss      oooo##
 # pilot: lost -, gained +, upsampled, with a margin of one point. start: old o, new 0, seeded s,
 # cleared c: too many, the optimisation fills column 2 again, and empties the seeds of row 3. stored
-# (#): what differs from the last frame; the others (o) cost a bit each. The outermost voxel of the
-# corner, and new ones that stayed empty, are removed.
+# (#): what differs from the last frame; others (o) cost a bit each. Removed: the outermost voxel of
+# the corner, which is far from solid ones, and new voxels whose values came out near 0.
 
 def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | None, args):
     """-> masks (X, Y, Z) bool: M, what may change; what the new grid starts with, and, among that,
@@ -211,7 +211,7 @@ def masks_of_frame(exists: Tensor, pilot_masks: tuple | None, hull: Tensor | Non
         seeds = added within M, where nothing exists        cleared = removed within M
         start = exists or (dilate(exists, DILATION) within M) or seeds
 
-    hull: None, or a further mask. --mode pilot: the band is everywhere; --mode band: M = band.
+    hull: None, or a further mask. --mode pilot: the band is everywhere; band, warm: no pilot.
     Why a band: between two frames a surface moves by a few points; voxels deeper inside are hidden,
     and only total variation would change them.
     Seeds start with the pilot's values, other new voxels and cleared ones with 0. A voxel of
@@ -239,14 +239,15 @@ def keep_large_changes(prev: Grid, new: Grid, video, keep: tuple, released: bool
     """Undo small changes: an old voxel gets its values back, a new one is removed. -> the grid;
     stored (G,) bool, the voxels whose change was large.
 
-        alpha = 1 - exp(-max(0, density) side)       visible = the largest alpha of a voxel and
-        stored: |change of alpha| > keep[0]                    its neighbours, before or after
-                or visible sum |change of coefficients| > keep[1]
+        alpha = 1 - exp(-max(0, density) side)
+        visible = the largest alpha of a voxel and its 26 neighbours, before or after
+        stored: |change of alpha| > keep[0] or visible sum |change of coefficients| > keep[1]
 
-    side: between two points [length]. A new voxel changes from 0. Example: keep = (0.05, 0.3), side
-    0.03: from density 40 to 50, alpha changes from 0.70 to 0.78: stored. From 200 to 300 it is
-    0.9975 and 0.9999: not stored. Released code: stored is what sum |change of coefficients| >
-    keep[1] (new ones: a fifth of it), so a surface that fades stays."""
+    side: mean distance of two points. Neighbours: a voxel of density 0 beside a solid one colours
+    what is between them. A new voxel changes from 0. Example: keep = (0.05, 0.3), side 0.03: from
+    density 40 to 50, alpha changes from 0.70 to 0.78: stored; from 200 to 300, 0.9975 to 0.9999:
+    not. Released code: stored is what sum |change of coefficients| > keep[1] (new ones: a fifth of
+    it), so a surface that fades stays."""
     rows = prev.links[new.active]                                                   # (G,)
     is_new, old = rows < 0, prev.values_at(rows)
     change = (new.values[:, 1:] - old[:, 1:]).abs().sum(1)
@@ -448,7 +449,6 @@ def optimise(grid: Grid, video, target: Tensor, pixels: Tensor, rays: int, rates
 
 def first_frame(video, target: Tensor, args) -> tuple[Grid, dict]:
     """A frame without a past: -> grid, and what optimise returns. Coarse to fine:
-
     1. half of the iterations at half the resolution, from grey voxels of density 0.1 everywhere;
     2. interpolated to the full resolution, and pruned; 3. the other half of the iterations.
     Photographs have no alpha, so a grid could stay transparent where the background has their
@@ -481,7 +481,7 @@ LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 23, "lc": 3, "l
 
 
 def half_bits(values: np.ndarray) -> np.ndarray:
-    """The bits of the nearest finite fp16, as uint16: close integers if numbers are close."""
+    """Bits of the nearest finite fp16, as uint16: close integers for close numbers of one sign."""
     return np.clip(values, -65504, 65504).astype("<f2").view("<u2")
 
 
@@ -628,8 +628,8 @@ class StreamReader:
 
 
 # -------------------------------------------------------------------------- beyond the paper
-# Rounding in the loop, in all modes. The paper starts the next frame from the grid with small
-# changes undone; here from that grid as a player decodes it. So errors of rounding do not add up.
+# Rounding in the loop. The next frame starts from the grid as a player decodes it, in the paper from
+# that before encoding. So errors of rounding do not add up.
 #
 # Damping. RMSProp divides a gradient by its own size: the first step of a row is the whole learning
 # rate, and noise moves walls that rest. With the typical gradient of the moving rows in the divisor
@@ -647,8 +647,8 @@ def changed_pixels(now: Tensor, before: Tensor) -> Tensor:
 
 
 def visual_hull(video, pixels: Tensor, shape) -> Tensor:
-    """Lattice points (X, Y, Z) bool where 0.8 of the training cameras that look there, and at least
-    3, see a marked pixel (V, H, W) bool: what moves, and is not hidden from many, is inside."""
+    """Lattice points (X, Y, Z) bool at which 3 or more training cameras look (or all), and 0.8 of
+    these see a marked pixel (V, H, W) bool: what moves, and is not hidden from many, is inside."""
     x = torch.ones(tuple(shape), device=pixels.device).nonzero() + 0.5
     x = x / torch.tensor(shape, device=pixels.device)
     x = video.aabb[0] + x * (video.aabb[1] - video.aabb[0])                         # (n, 3) world
@@ -687,8 +687,8 @@ def births(pilot: Grid, video, recent: Tensor) -> Tensor:
 
 
 def pixels_to_train(recent: Tensor, mask: Tensor | None, video, args) -> Tensor:
-    """Training pixels to draw from: 0.7 n that changed lately, and 0.3 n or fewer others, whose ray
-    meets the mask (X, Y, Z), if one is given: others teach nothing. With --no-hull: all pixels."""
+    """Training pixels to draw from: 0.7 n that changed lately, and up to 0.3 n drawn from all whose
+    ray meets the mask (X, Y, Z), if one is given (or it has no gradient). With --no-hull: all."""
     if not args.hull:
         return torch.arange(recent.numel(), device=recent.device)
     n, changed = args.iterations * args.rays, recent.flatten().nonzero()[:, 0]
