@@ -628,8 +628,8 @@ class StreamReader:
 
 
 # -------------------------------------------------------------------------- beyond the paper
-# Rounding in the loop. The next frame starts from the grid as a player decodes it, in the paper from
-# that before encoding. So errors of rounding do not add up.
+# Rounding in the loop. The next frame starts from the grid as a player decodes it (in the paper,
+# from that before encoding), so that errors of rounding do not add up.
 #
 # Damping. RMSProp divides a gradient by its own size: the first step of a row is the whole learning
 # rate, and noise moves walls that rest. With the typical gradient of the moving rows in the divisor
