@@ -23,10 +23,10 @@ frames, rounding in the loop, some rules of the masks.
     --mode scratch                                      29.2   518  26   sparse fp16
     --mode warm --no-hull --keep 0 0                    27.9   222  2.3  from the last frame on
     --mode warm --no-hull                               27.9   103  2.3  and small changes undone
-    --mode pilot --no-hull --birth 0 (or --mode band)   28.1   104  3.0  and a mask
-    --no-hull                                           28.4    92  3.0  and both, and births
+    --no-hull --birth 0                                 28.1   102  3.0  and both masks
+    --no-hull                                           28.4    92  3.0  and births
     (the default)                                       28.8    29  2.9  and the hull
-    --as-released --lr 1 1 1e-2 3e-3 (the paper's)      27.5    87  3.5
+    --as-released --lr 1 1 1e-2 3e-3 (the paper's)      27.5    87  3.5  fp16, no damping
 """
 from __future__ import annotations
 

@@ -554,6 +554,7 @@ def test_hash_levels():
     ngp = hash_levels(16, 16, 4096, 19)
     assert ngp.resolutions[:2] == (16, 23) and ngp.resolutions[-1] == 4096
     assert hash_levels(1, 8, 8, 4) == ((8,), (16,), (0, 16), (False,))
+    assert hash_levels(2, 4, 9, 4).resolutions == (4, 9)
     for wrong in ((0, 16, 32, 10), (4, 0, 32, 10), (4, 64, 32, 10), (4, 16, 32, 31)):
         with pytest.raises(ValueError, match="hash_levels"):
             hash_levels(*wrong)

@@ -817,6 +817,9 @@ def test_photographs_need_no_background(film):
     c2w = torch.tensor(np.stack([common.look_at((0, 0, 0), d) for d in directions])).float()
     video = replace(film[0], kind="panoptic", c2w=c2w, train=[0, 1, 2], test=[3], near=0.1)
     target = torch.full((3 * 24 * 24, 3), 0.5)
+    air = sr.grid_from(torch.ones(4, 4, 4, dtype=torch.bool), torch.zeros(64, 4))
+    out = sr.optimise(air, video, target, torch.arange(99), 9, sr.learning_rates((1, 1, 1, 1), 1))
+    assert out["loss"].item() == pytest.approx(1 / 12)      # variance of a uniform background
     grid, _ = sr.first_frame(video, target, small())
     for background in (torch.ones(3), torch.zeros(3)):
         seen = sr.render_image(grid, replace(video, bg=background), 0)[0]
