@@ -237,17 +237,6 @@ def test_the_cube_appears_and_rests(film):
     assert (views[5].depth < behind - 0.1)[shown].all()     # in the air, before everything else
 
 
-def test_the_panel_flickers_and_keeps_its_shape(film):
-    video, views = film
-    for t in range(1, 8):
-        panel = [stage_masks(video, s)["flicker"] for s in (t - 1, t)]
-        panel = panel[0] & panel[1]
-        assert panel.flatten(1).any(1).all()
-        assert torch.equal(views[t].depth[panel], views[t - 1].depth[panel])
-        change = (views[t].images - views[t - 1].images).abs().amax(-1)[~grown(~panel)]
-        assert (change > 0.3).all() if t % 3 == 0 else (change == 0).all()
-
-
 def test_ball_and_crate_move_as_they_should(film):
     static, ball, crate = common.stage(0)[:8], 8, 9
     for t in range(80):                                     # a whole round
