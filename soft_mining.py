@@ -1,22 +1,21 @@
 """Soft Mining: train where the error is (Kheradmand et al., CVPR 2024, arXiv 2312.00075).
 
-Most pixels of an image are fitted early, and rays through them teach nothing more. Soft Mining
-draws pixels in proportion to their present error Q. This biases the training towards difficult
-pixels, and so the loss of each drawn pixel is divided by Q^alpha: alpha 0 keeps the bias (hard
-mining), alpha 1 removes it (importance sampling). No map of errors is kept to draw from. Instead,
-each training ray belongs to a walker, a moving position in one image. After a step, the walker
-moves along an estimate of grad log Q, which the backward pass of the loss gives anyway, and a
-random step is added. This is Langevin Monte Carlo (LMC).
+Most pixels of an image are fitted early, and rays through them teach little more. Soft Mining wants
+to draw pixels in proportion to their present error Q. No map of errors is kept to draw from.
+Instead, each training ray belongs to a walker, a moving position in one image. After a step, the
+walker moves along an estimate of grad log Q, for which the backward pass of the loss goes on to the
+pixel positions, and a random step is added. This is Langevin Monte Carlo (LMC).
 
     L = 1/R sum_r err(x_r) / sg(Q(x_r))^alpha                soft_weight, step 4 of train
     x <- x + a grad log Q(x) + b eta,  eta ~ N(0, I)         Walkers.update, step 6 of train
     the exponent grows linearly from 0 to alpha              soft_exponent
 
-If pixels are visited in proportion to Q^k, pixel x counts Q(x)^(k - alpha) in the expected loss:
-k > alpha is hard mining, k = alpha is importance sampling (all pixels count alike, but difficult
-ones get more rays). In theory the walk alone leads to k = 1. In practice it is slow, and k comes
-from the restarts: after each step, the 30 % of its walkers with the least error jump to edges of
-their image. We measure k = 0.7, so that alpha = 0.6 is nearly importance sampling.
+Drawing pixels in proportion to Q^k and dividing their loss by Q^alpha, pixel x counts Q^(k - alpha)
+in the expected loss: alpha 0 is hard mining, alpha = k importance sampling (all pixels count alike,
+but difficult ones get more rays), in between it is soft mining. In theory the walk leads to k = 1.
+At our sizes it is too slow, and k = 0.7 comes from the restarts: after each step, the 30 % of its
+walkers with the least error jump to edges of their image. Without the gradient or the soft weight
+the PSNR is the same; they are here because they are the paper's (`what was measured`).
 
     paper                                  here
     f(x), gt(x), x_n, N                    rgb, target, (view, xy), the number of rays R
@@ -26,7 +25,6 @@ their image. We measure k = 0.7, so that alpha = 0.6 is nearly importance sampli
 
     python soft_mining.py --scene lego                       31.3 dB (100 px, 95 s)
     python soft_mining.py --scene lego --sampling uniform    29.7 dB
-More results, and what they say: section `what was measured`.
 """
 from __future__ import annotations
 
@@ -60,10 +58,10 @@ class Args(SceneArgs):
     noise: float = 0.02             # b, standard deviation of one move [longer image sides]
     pixel_gradient: bool = True     # walkers follow grad log Q (off: noise only)
     reinit: Literal["none", "uniform", "edge"] = "edge"
-    """Where walkers restart that left their image, or have low error (none: borders reflect)."""
+    """Where walkers restart that left their image or have low error (none: borders reflect)."""
     reinit_share: float = 0.3       # share of a step's walkers, those of least error, that restart
     uniform_share: float = 0.1      # share of a step's pixels that is uniform (uniform: all)
-    as_released: bool = False       # the released code's rules, errors included, for most of these
+    as_released: bool = False       # the released code's rules, errors included, instead of these
 
     # rendering and batches, not about mining
     ray_sampling: Literal["occupancy", "proposal"] = "occupancy"
@@ -102,11 +100,11 @@ def soft_weight(abs_error: Tensor, exponent: float, clamp: bool = True) -> Tenso
     d rgb / d parameters. If the second factor is alike for all rays, rays drawn in proportion to
     |rgb - target| and divided by it (exponent 1) give the estimate of least variance.
     Why a weight: a pixel drawn in proportion to Q counts Q times as much in the mean loss. All V
-    images get equally many pixels, so exponent 1 gives 1/V sum_v mean_v(err) / mean_v(Q). Inside an
-    image this is the uniform loss up to a factor; images of large mean error count less than there.
-    What else it does: the weight also changes what is minimised. w is a constant in the backward
-    pass, so the gradient in rgb is 2 d |d|^-exponent for d = rgb - target. Up to a factor this is
-    that of |d|^(2 - exponent), between squared and absolute error, however pixels are drawn.
+    images get equally many pixels, so exponent 1 then gives 1/V sum_v mean_v(err) / mean_v(Q):
+    inside an image the uniform loss up to a factor; images of large mean error count less.
+    Seen as a loss: w is a constant in the backward pass, so for d = rgb - target and pixels drawn
+    like Q^k the expected gradient is that of |d|^(2 + k - exponent), up to a factor: of the squared
+    error for exponent k, of a loss between it and the absolute error for uniform pixels (k = 0).
     Why clamp: at exponent 0.6, Q = 2^-10 has 512^0.6 = 42 times the weight of Q = 1/2, and one
     fitted pixel could decide the direction of a step. So w is clamped to [0.2, mean(w) + std(w)] of
     the batch, as in the released code (0.2 never acts, as Q <= 1). With the clamp, not even
@@ -141,10 +139,10 @@ def grad_log_q(squared_error: Tensor, weight: Tensor, d_xy: Tensor) -> Tensor:
 
     The loss is 1/R sum_j w_j err_j, and pixel r only enters err_r, with w_r constant. So
     d_xy_r = w_r grad err_r / R, and dividing by w_r / R gives grad err_r, whatever R and w are.
-    The estimate is grad log sqrt(err) = grad err / (2 err). sqrt(err) is the root mean square of
-    |rgb - target| over the channels, and Q the mean: they differ by at most a factor sqrt(3), but
-    the gradient of Q would need a second backward pass. Moreover err changes here only through the
-    rendered colour: the gradient of the target image is left out, as in the released code.
+    The estimate is grad log sqrt(err) = grad err / (2 err). Two approximations: sqrt(err), the root
+    mean square of |rgb - target| over the channels, stands for Q, their mean (equal if all channels
+    have the same error), as the gradient of Q would need a second backward pass. And the target is
+    taken as constant, as in the released code: at its edges this leaves out a large part of grad Q.
     """
     return len(weight) * d_xy / (2 * weight * squared_error).clamp(min=1e-12)[:, None]
 
@@ -157,11 +155,11 @@ class Walkers(nn.Module):
     a pixel add up, and trains the pixel around it, at the centre, where the target is known.
 
     The move is x <- x + a grad log Q(x) + b eta. Why a = beta b^2 / 2: let p(x) be the density of
-    many walkers. The drift moves them in a flow a p grad log Q, the noise spreads them in a flow
-    -b^2/2 grad p. When both cancel, grad p / p = (2a / b^2) grad log Q, so p is proportional to
-    Q^(2a / b^2) = Q^beta, whatever R and the resolution are. This needs the true gradient and
-    moves shorter than the details of Q: with ours, Q^beta is a guide. A drift is clipped to 2 b,
-    since the gradient of a logarithm has no bound where the error vanishes.
+    many walkers. Two flows act on it, and in equilibrium they cancel:
+        a p grad log Q (drift) - b^2/2 grad p (noise) = 0   =>   p ~ Q^(2a / b^2) = Q^beta
+    whatever R and the resolution are. This needs the true gradient and moves shorter than the
+    details of Q: with ours, Q^beta is a guide. A drift is clipped to 2 b, since the gradient of a
+    logarithm has no bound where the error vanishes.
     Example: 100 px, noise 0.02: b = 2 px; beta 1: a = 2 px^2. Where Q grows by a tenth per pixel,
     a move is 0.2 px of drift and 2 px of noise. Drift adds up like n, noise like sqrt(n), so the
     drift shows after some (2 / 0.2)^2 = 100 moves.
@@ -169,8 +167,8 @@ class Walkers(nn.Module):
     Re-initialisation: the reinit_share of least error, and those that left their image, restart on
     an edge, where errors are found first; a uniform_share restarts anywhere, so that no pixel is
     forgotten. By default at least 1 - 0.7 * 0.9 = 0.37 of the R walkers of a step restart, so a
-    walker makes fewer than 1 / 0.37 = 2.7 moves between restarts, too few to reach Q^beta.
-    This is why --no-pixel-gradient changes little. (Paper preset: reinit_share 0.1, five moves.)
+    walker makes on average 1 / 0.37 = 2.7 moves or fewer in between (paper preset: five), and the
+    drift needs a hundred. This may be why --no-pixel-gradient changes little.
     """
     def __init__(self, images: Tensor, args: Args, num_walkers: int):
         super().__init__()
@@ -305,7 +303,7 @@ class BaselineSampler(nn.Module):
 # views; uniform sampling had no search of its own.
 #
 #                                          PSNR       k of visits ~ Q^k
-#     --sampling uniform                   25.9 dB    0.0
+#     --sampling uniform                   25.9 dB    0.0    without soft weight
 #     --sampling uniform --weighting on    25.5       0.0    the soft weight alone
 #     --sampling multinomial               26.0       0.1
 #     --sampling edge                      28.0       0.8    edges only, whatever the error is
@@ -315,10 +313,10 @@ class BaselineSampler(nn.Module):
 #     --reinit uniform                     27.3       0.4    walkers that restart anywhere
 #     --reinit none                        25.8       0.0    the walk and its uniform share only
 #
-# What the rows show. Restarting the walkers of least error anywhere gains 1.4 dB: this is mining
-# without edges. Edges alone, without any error, gain 2.1 dB, and both together 2.5 dB. The walk
-# alone gains nothing: a walker moves some 30 times in 500 steps, too few. For walkers, neither the
-# drift nor the soft weight, which the paper is about, makes a difference at this size.
+# What the rows show. Restarting the walkers of least error anywhere gains 1.4 dB over uniform
+# sampling: this is mining without edges. Edges alone gain 2.1 dB, and both together
+# 2.5 dB. The walk gains nothing here: in 500 steps a walker moves some 30 times, too few. For
+# walkers neither the drift nor the soft weight, which the paper is about, makes a difference.
 # The final PSNR of 1000 uniform steps (27.6 dB) is passed after 380 steps of walkers, in 0.42 of
 # the seconds; the paper reports more than twice the convergence speed.
 #
@@ -547,7 +545,8 @@ def train(args: Args) -> dict:
             group["lr"] = learning_rate(args, step)
         # 1. place the samples: refresh the occupancy grid, or anneal the proposals
         ray_sampler.prepare(field, step)
-        # 2. draw pixels, look up their colours, and make their rays (differentiable in xy)
+        # 2. draw pixels, look up their colours, make their rays. xy gets a gradient: it moves the
+        # sample positions, so the features and the colour; distances t stay constant
         view, xy = pixels.draw(num_rays(args, ray_sampler), step)  # (R,), (R, 2)
         column, row = xy.long().unbind(-1)
         target, bg = images[view, row, column], scene.bg           # (R, 3), a constant
