@@ -628,7 +628,7 @@ def test_hull_of_a_ball(film):
     ball = seen_ball(video, centre, radius)
     found = sr.visual_hull(video, ball, shape)
     assert found[distance < radius].all() and not found[distance > 4 * radius].any()
-    shift = x[found].mean(0) - torch.tensor(centre)             # y: the direction that few look along
+    shift = x[found].mean(0) - torch.tensor(centre)         # in y, as the cameras look, it is long
     assert shift[[0, 2]].abs().max() < 0.03
     ball[4] = False
     assert sr.visual_hull(video, ball, shape)[distance < radius].all()      # 11 of 12 are enough
