@@ -151,7 +151,7 @@ def one_line_errors(parse: Callable, main: Callable) -> None:
     except BrokenPipeError:                                 # `--help | head -1`
         return
     except KeyboardInterrupt:
-        line, status = "interrupted", 130
+        line, status = "interrupted: --out DIR --resume goes on from the last checkpoint", 130
     except UserError as error:
         line = f"error: {error}"
     except Exception as error:
@@ -516,7 +516,8 @@ def frame_K(stated: dict, W: int, H: int, path: Path) -> np.ndarray:
         cx, cy = float(stated.get("cx", w / 2)), float(stated.get("cy", h / 2))
         good = np.isfinite([fx, fy]).all() and min(fx, fy) > 0
         if not good or angle_x >= math.pi or angle_y >= math.pi:
-            raise ValueError(f"camera_angle_x {angle_x:g}, fl_x {fx:g}, fl_y {fy:g}")
+            found = f"camera_angle_x {angle_x:g}, fl_x {fx:g}, fl_y {fy:g}"
+            raise ValueError("no focal length" if math.isnan(fx + fy) else found)
     check_shapes([(w, h)], W, H, path)
     return scale_K(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), W / w, H / h)
 
@@ -539,7 +540,7 @@ def named_file(folder: Path, name: str) -> Path:
     for file in itertools.chain(exact, path.parent.glob("*")):
         if file.name.lower() in lower and file.is_file():
             return file
-    return path
+    return path if path.suffix else exact[1]
 
 
 def load_splits(folder: Path, size: int | None, bg: Tensor) -> tuple[Views, Views]:
@@ -1684,8 +1685,8 @@ class TrainingRun:
             if t + 1 == end or now - shown >= 10:
                 shown = now
                 values = "".join(f"{name} {float(x):.4g}  " for name, x in self._values.items())
-                left = (now - opened) / (t + 1 - start) * (end - t - 1)
-                say(f"step {t + 1}/{end}  {values}{left:.0f} s left")
+                left = (now - opened) / (t + 1 - start) * (end - t - 1)         # step 1 is slow
+                say(f"step {t + 1}/{end}  {values}" + (f"{left:.0f} s left" if t > start else ""))
             if due:
                 self.seconds += self._now() - began
                 opacity = float(self._values.get("opacity", 1.0))
@@ -1733,6 +1734,8 @@ class TrainingRun:
         saved, self._saved = self._saved, None
         require(saved or not self.flags.eval_only, f"{self.path}: {stage} is not trained: --resume")
         if saved is None:
+            if self.flags.resume and self.step == 0:
+                note(f"{self.path}: there was no checkpoint yet: from the first step on")
             return 0
         with reading(self.path / "ckpt.pt", "start afresh with another --out"):
             for name, part in parts.items():
@@ -1794,6 +1797,8 @@ class Compare:
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
                 curve = [line for line in map(json.loads, lines)
                          if None not in map(line.get, ("step", "train_seconds", "psnr"))]
+            require((folder / "summary.json").is_file(),
+                    f"{folder}: not finished: go on with --out {folder} --resume")
             name = re.sub(r"-s\d+$", "", str(folder))
             groups.setdefault(name, []).append((read_json(folder / "summary.json"), curve))
         say(table(groups))

@@ -49,7 +49,8 @@ from kernels import composite, hash_encode, hash_levels
 @dataclass
 class Args(SceneArgs):
     size: int = 64
-    steps: int = 800                # optimiser steps per task (in a stream, an eighth per chunk)
+    steps: int = 800
+    """Optimiser steps per task (in a stream, an eighth of it per chunk)."""
     eval_views: int = 8
     """An evaluation renders at most so many trained and so many held-out views of each task."""
 
@@ -61,7 +62,6 @@ class Args(SceneArgs):
     learner: Literal["naive", "distill", "ewc", "replay", "generative", "mixed", "joint",
                      "agem"] = "mixed"
     """What is kept of old tasks: see the table at the top of the file."""
-
     rays: int = 1024
     """New rays per step. Learners that replay add as many old ones (if so many are stored)."""
     replay_weight: float = 1.0

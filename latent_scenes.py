@@ -57,7 +57,8 @@ class Args(RunArgs):
     scene: str = "cars"
     """A family of scenes: a name under --data (srn_cars), a path, or the built-in `cars`."""
     size: int = 64                  # image side [pixels]
-    steps: int = 1_000_000          # most steps of a phase, for a quick look
+    steps: int = 1_000_000
+    """At most so many steps of each phase, for a quick look; --epochs decide on them."""
     scenes: int = 40                # old scenes, of pretrain, fit and joint
     new_scenes: int = 24            # new scenes, of new and finetune: the next ones
     representation: Literal["rgb", "latent"] = "latent"
@@ -68,7 +69,7 @@ class Args(RunArgs):
     width: tuple[int, ...] = (32, 48)
     """Channels of the autoencoder after each downsampling by 2. Two: 4 x 4 pixels per latent."""
     resolution: int = 32            # texels along a side of a plane, R
-    micro: int = 4                  # micro features, F_mic (0: 1.5 dB less, at commit 8ed6b33)
+    micro: int = 4                  # micro features, F_mic (0: 1.5 dB less)
     macro: int = 8                  # macro features, F_mac (0: 1.0 dB less). RGB planes: all micro
     bases: int = 12                 # shared tri-planes B_k, M of them
     hidden: int = 32                # width of the MLP behind the planes
@@ -88,7 +89,7 @@ class Args(RunArgs):
     tv: float = 1e-3                # weight of TV (fit, joint, RGB planes)
     encode_every: int = 4           # in joint, 1 picture of so many goes through E, to save time
     shift: bool = True
-    """Move training pictures and rays by up to half a latent (ours; off: 0.3 dB less, 8ed6b33)."""
+    """Move training pictures and rays by up to half a latent (ours; off: 0.3 dB less)."""
 
 
 # paper: the paper's sizes, epochs, rates and weights of losses. The autoencoder, pretrain, shift,

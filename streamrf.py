@@ -56,7 +56,7 @@ class Args(RunArgs):
     size: int = 64                  # longer image side [pixels]
     steps: int = 12
     """Frames to encode, or to play: a step of the run is one frame of the video."""
-    eval_every: int = 1             # frames from one score and checkpoint to the next
+    eval_every: int = 1             # frames, from one score and checkpoint to the next
     play: str | None = None
     """Play this stream instead of training: what a held-out camera sees, as a film beside it."""
     mode: Literal["scratch", "warm", "band", "pilot", "full"] = "full"

@@ -86,8 +86,11 @@ def test_compare_takes_seeds_together_and_draws_their_curves(tmp_path):
 def test_compare_refuses(tmp_path):
     fake_run(tmp_path / "a", [(10, 1.0, 20.0)], psnr=20.0)
     fake_run(tmp_path / "none", [])
+    fake_run(tmp_path / "begun", [])
+    (tmp_path / "begun/summary.json").unlink()
     for runs, curves, words in (([], None, "needs a run folder"),
                                 ([tmp_path], None, "metrics.jsonl|not usable"),
+                                ([tmp_path / "begun"], None, "not finished: go on"),
                                 ([tmp_path / "none"], tmp_path / "c.svg", "no evaluations"),
                                 ([tmp_path / "a"], tmp_path / "no/c.svg", "choose another file")):
         with pytest.raises(UserError, match=words):
