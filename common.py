@@ -1180,7 +1180,8 @@ class Family:
     above: bool             # only views from cameras with z > -0.5
     near: float = 0.5       # rays start and end here; cameras stand 1.3 from the middle
     far: float = 2.1
-    aabb: Tensor = OBJECT_BOX / 3       # the box that holds every scene
+    aabb: Tensor = OBJECT_BOX / 3       # a cube around every scene, with room beside it
+    tight: Tensor = OBJECT_BOX / 3      # a box that holds every scene
 
     def read(self, i: int) -> tuple[Views, Views]:
         """Training and test views of scene i, by name. The first 10 of 12 or more views are held
@@ -1197,7 +1198,7 @@ def load_family(name: str, data: str | Path, size: int, bg="white", above: bool 
     folder = find_dataset("family", name, Path(data), srn_scenes,
                           "folders with rgb/, pose/ and intrinsics.txt")
     if folder is None:
-        return Family("cars", "builtin", range(100_000), size, background(bg), above, aabb=CAR_BOX)
+        return Family("cars", "builtin", range(100_000), size, background(bg), above, tight=CAR_BOX)
     scenes = srn_scenes(folder)
     return Family(scenes[0].parent.resolve().name, "srn", scenes, size, background(bg), above)
 

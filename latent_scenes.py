@@ -305,7 +305,8 @@ class Model(nn.Module):
         self.autoencoder = None
         if not self.rgb:
             self.autoencoder = Autoencoder(channels, args.width)
-        self.register_buffer("aabb", family.aabb.clone())      # the box that planes span (2, 3)
+        # the box that planes span; E sees patches, so latents beside a car are not yet background
+        self.register_buffer("aabb", (family.tight if self.rgb else family.aabb).clone())
         self.register_buffer("background", family.bg.clone())  # of RGB planes
 
     def planes(self, params: Tensor) -> Tensor:

@@ -322,7 +322,7 @@ def test_a_car_depends_on_its_seed_alone(cars):
 
 def test_cars_fit_their_box_and_vary():
     lengths, heights, looks = [], [], set()
-    box = common.load_family("cars", "no such folder", SIZE).aabb.numpy()
+    box = common.load_family("cars", "no such folder", SIZE).tight.numpy()
     for seed in range(300):
         shapes = common.car(seed)
         corners = [s.matrix() @ common.CORNERS + np.reshape(s.centre, (3, 1)) for s in shapes]

@@ -60,7 +60,7 @@ def family_of(**more):
 
 def model_of(box=BOX, **more):
     """A model in float64 whose every number is drawn."""
-    family = family_of(aabb=box, bg=torch.tensor([0.9, 0.5, 0.2]), near=0.5, far=7.0)
+    family = family_of(aabb=box, tight=box, bg=torch.tensor([0.9, 0.5, 0.2]), near=0.5, far=7.0)
     model = Model(args(**more), family).double()
     with torch.no_grad():
         for p in model.parameters():
