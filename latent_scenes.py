@@ -1,33 +1,32 @@
 """Many scenes in a 3D-aware latent space (3Da-AE: Schnepf et al., CVPRW 2024, arXiv 2403.11678).
 
-Many cars are fitted together. A car's tri-plane is rendered to 16 x 16 latents, not 64 x 64 colours
-(256 rays, not 4096: see phases), and a decoder D turns these into the picture. The tri-plane is a
+Many cars are fitted together. A car's tri-plane is rendered to 16 x 16 latents, and a decoder D
+turns these into a picture of 64 x 64: a whole picture takes 256 rays, not 4096. The tri-plane is a
 small part of the car's own (micro) beside a learned mixture of tri-planes that all share (macro).
 
 The idea: a tri-plane gives a point one value, seen from everywhere. An encoder E does not: it
 encodes patches of a picture, so the same door handle gets another latent in the next view. Planes
 fitted to such latents learn their mean over the views, which lacks the detail on which views
 disagree: D makes a blurred picture. The cure: train E, D and the planes of some cars together, so
-that E writes only what a tri-plane can hold.
+that E is drawn to what a tri-plane can hold.
 
     T_i = concat(T_i^mic, sum_k W_ik B_k)                                              fuse
     y = render(T_i, pose),  picture = D(norm^-1(y)),  norm(z) = tanh(s z)   render, normalise
     L_latent = |norm(E(x)) - y|^2,  L_rgb = |D(norm^-1(y)) - x|^2,  L_ae = |D(E(x)) - x|^2
     joint: L_rgb + lambda_latent L_latent + lambda_ae L_ae + lambda_tv TV(T_i)       total_loss
 
-    phase        cars  trains                    D(E(x))  rendered  why
-    0  pretrain  old   E, D                       29.1             an ordinary autoencoder
-    A  fit       old   T^mic, W, B_k, MLP         29.1     18.1    planes copy its latents: blurred
-    B  joint     old   T^mic, W, B_k, MLP, E, D   28.0     24.7    E learns what planes can hold
-    C  new       new   T^mic, W                   27.9     21.5    y is near E(x), not equal: so ...
-    D  finetune  new   T^mic, W, D                27.3     24.6    ... D learns what planes render
-    Both are PSNR [dB] of test views. y against norm(E(x)) (latent_psnr in C): 30.3, without B 25.1.
-
-    python latent_scenes.py                       24.6 dB, 49 kB + 1.0 s a car, 3.2 MB + 203 s once
-    python latent_scenes.py --representation rgb  26.9 dB, 147 kB + 3.9 s a car: RGB planes
-    python latent_scenes.py --autoencoder plain --epochs 220 190 160 20 70    23.0 dB: without B
-    Seeds 1, 2: 25.0, 24.9 dB. Many cars: --scenes 100 --new-scenes 900 --epochs 480 40 600 20 120
-    28.4 dB, 1.6 s a car + 1144 s once; RGB planes (8 cars) 26.8 dB, 5.8 s, or 27.5, 30 s; busy CPU.
+    phase     cars  trains                    D(E(x))  rendered, and without joint
+    pretrain  old   E, D                       29.1                   an ordinary autoencoder
+    fit       old   T^mic, W, B_k, MLP         29.1     18.1          planes copy its latents
+    joint     old   T^mic, W, B_k, MLP, E, D   28.0     24.7          E learns what planes can hold
+    new       new   T^mic, W                   27.9     21.5  19.6    y is near E(x), not equal: so
+    finetune  new   T^mic, W, D                27.3     24.6  23.0    D learns what planes render
+PSNR [dB] of test views; at the end, of new cars:            PSNR  each car         once
+    python latent_scenes.py                                    24.6  49 kB, 1.0 s     3.2 MB, 203 s
+    --autoencoder plain --epochs 220 190 160 20 70             23.0  49 kB, 0.9 s     without joint
+    --representation rgb (RGB planes)                          27.x  147 kB, 3.9 s
+    --scenes 100 --new-scenes 900 --epochs 480 40 600 20 120   28.4  49 kB, 1.6 s     3.2 MB, 1144 s
+    RGB planes, 8 of these cars, --epochs-rgb 1000 (4000)      28.4  147 kB, 3.8 s    (30.4, 16 s)
 """
 from __future__ import annotations
 
