@@ -1242,7 +1242,7 @@ def main():
                 if name != "march":
                     runs.append(partial(_results, function, inputs, backend))
                 times = [_milliseconds(run, args.seconds) for run in runs]
-            print("|", " | ".join([name, backend, result, *times]), "|", flush=True)
+            print("|", " | ".join([name, backend, result, *times, "-", "-"][:5]), "|", flush=True)
     raise SystemExit(1 if failed else 0)
 
 
