@@ -15,16 +15,16 @@ that E is drawn to what a tri-plane can hold.
     L_latent = |norm(E(x)) - y|^2,  L_rgb = |D(norm^-1(y)) - x|^2,  L_ae = |D(E(x)) - x|^2
     joint: L_rgb + lambda_latent L_latent + lambda_ae L_ae + lambda_tv TV(T_i)       total_loss
 
-    phase     cars  trains                    D(E(x))  rendered, and without joint
-    pretrain  old   E, D                       29.1                   an ordinary autoencoder
-    fit       old   T^mic, W, B_k, MLP         29.1     18.1          planes copy its latents
-    joint     old   T^mic, W, B_k, MLP, E, D   28.0     24.7          E learns what planes can hold
-    new       new   T^mic, W                   27.9     21.5  19.6    y is near E(x), not equal: so
-    finetune  new   T^mic, W, D                27.3     24.6  23.0    D learns what planes render
-PSNR [dB] of test views; at the end, of new cars:            PSNR  each car         once
+    phase     cars  trains, PSNR [dB]:  D(E(x))  rendered  without joint
+    pretrain  old   E, D                  29.1                       an ordinary autoencoder
+    fit       old   T^mic, W, B_k, MLP    29.1     18.1              planes copy its latents
+    joint     old   these and E, D        28.0     24.7              E learns what planes can hold
+    new       new   T^mic, W              27.9     21.5      19.6    y is near norm(E(x)), not equal
+    finetune  new   T^mic, W, D           27.3     24.6      23.0    D learns what planes render
+    new cars, at the end:                                      PSNR  each car         once
     python latent_scenes.py                                    24.6  49 kB, 1.0 s     3.2 MB, 203 s
     --autoencoder plain --epochs 220 190 160 20 70             23.0  49 kB, 0.9 s     without joint
-    --representation rgb (RGB planes)                          27.x  147 kB, 3.9 s
+    --representation rgb (RGB planes)                          28.8  147 kB, 3.9 s
     --scenes 100 --new-scenes 900 --epochs 480 40 600 20 120   28.4  49 kB, 1.6 s     3.2 MB, 1144 s
     RGB planes, 8 of these cars, --epochs-rgb 1000 (4000)      28.4  147 kB, 3.8 s    (30.4, 16 s)
 """
@@ -148,8 +148,8 @@ def total_loss(model: Model, batch: Batch, planes: Optional[Tensor], weights: di
         z = model.autoencoder.encoder(batch.x[encoded])                        # (e, C, h, w)
     if encoded and "autoencoder" in weights:
         # Gradient to E and D. It keeps what a picture needs in the latents: for L_latent alone the
-        # best E is a constant. (The renders would not need it here: with --lambda-ae 0, D(E(x))
-        # falls from 27.9 to 25.7 dB, but new cars render as well, as L_rgb keeps planes useful.)
+        # best E is a constant. Here it is a safeguard only: with --lambda-ae 0, D(E(x)) falls from
+        # 27.9 to 25.7 dB, but new cars have the same PSNR, as L_rgb keeps planes useful.
         error = F.mse_loss(model.autoencoder.decoder(z), batch.x[encoded])
         loss = loss + weights["autoencoder"] * batch.encoded_weight * error
     if planes is None:
@@ -189,13 +189,12 @@ def phases(args: Args) -> list[Phase]:
 
     finetune has no latent loss: the decoder should suit what planes render, which is not quite E(x)
     now. new comes before it, so that D does not learn from planes that are far from their car.
-    Shared planes and MLP are frozen for new cars: this is ours. Released code: both phases train
-    them too, the MLP from scratch, so that no old scene renders any more (0.5 dB less here, commit
-    77165b6).
+    We freeze shared planes and MLP for new cars, so that old cars still render. Released code: both
+    phases train them too, the MLP from scratch (here 0.5 dB less on new cars, an earlier version).
 
     Cost: a step of RGB planes takes 128 random rays of each picture, a step of ours all 256 rays of
-    the latent image, which D needs as a whole. So a step is not cheaper (one thread: 16 ms, but 40
-    in new and 45 in finetune). What is saved is the number of steps: 20 + 70 pictures per car
+    the latent image, which D needs as a whole. So a step costs more (one thread: 16 ms, but 40 in
+    new and 45 in finetune). What is saved is the number of steps: 20 + 70 pictures per car
     instead of 1000, as new cars start with trained B and MLP, from the mean of the old cars.
     """
     joint = {"rgb": 1.0, "latent": args.lambda_latent, "autoencoder": args.lambda_ae, "tv": args.tv}
@@ -304,7 +303,7 @@ class Model(nn.Module):
         self.autoencoder = None
         if not self.rgb:
             self.autoencoder = Autoencoder(channels, args.width)
-        # the box that planes span; E sees patches, so latents beside a car are not yet background
+        # latents need room: E sees patches, so those beside a car are not yet background
         self.register_buffer("aabb", (family.tight if self.rgb else family.aabb).clone())
         self.register_buffer("background", family.bg.clone())  # of RGB planes
 
@@ -635,7 +634,7 @@ def check(args: Args) -> None:
                 not_negative=("micro", "macro", "lambda_latent", "lambda_ae", "tv"))
     require(args.micro + args.macro > 0, "--micro 0 --macro 0: planes need features")
     require(args.width and args.size % 2 ** len(args.width) == 0,
-            f"--size {args.size}: is divided by 2 for each number of --width, and must be even")
+            f"--size {args.size}: is divided by 2 for each number of --width, without a rest")
     require(min(args.width) > 0 and min(args.epochs) > 0, "--width, --epochs: wanted more than 0")
     world = ranks()[1]
     require(args.batch % world == 0 and min(args.scenes, args.new_scenes) >= world,
@@ -672,7 +671,7 @@ def start_phase(phase: Phase, model: Model, bank: Bank, rows: dict, views: dict)
     """Before fit: set s and bg from 16 scenes, enough for such means. T^mic starts as noise of 0.1,
     so that space starts nearly uniform, W from N(0, 1/M), so that sum_k W_k B_k is as large as B_k.
     RGB planes start as noise, too. Before new: T^mic and W of new cars become the mean of those of
-    old cars (released code: noise; here 0.3 dB less, one seed, commit 77165b6)."""
+    old cars (released code: noise; here 0.3 dB less, one seed, an earlier version)."""
     if phase.name == "fit":
         model.autoencoder.set_latent_stats([views[i] for i in rows["old"][:16] if i in views])
     if phase.name in ("fit", "rgb"):
@@ -725,7 +724,7 @@ def train(args: Args) -> dict:
 
         parts = {"field": model, "old_model": old_model, "bank": bank, "optimiser": optimiser}
         for step in run.loop(parts, score, steps=phase.steps, stage=phase.name):
-            decay = 0.05 ** (step / phase.steps)               # to 5 % (released code: in C, D)
+            decay = 0.05 ** (step / phase.steps)               # to 5 % (released: in new, finetune)
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * decay
             # In joint: x (4, 3, 64, 64), rays (4, 16, 16, 3), params (4, 12 300) -> planes
