@@ -634,7 +634,7 @@ def check(args: Args) -> None:
                 not_negative=("micro", "macro", "lambda_latent", "lambda_ae", "tv"))
     require(args.micro + args.macro > 0, "--micro 0 --macro 0: planes need features")
     require(args.width and args.size % 2 ** len(args.width) == 0,
-            f"--size {args.size}: is divided by 2 for each number of --width, without a rest")
+            f"--size {args.size}: must be divisible by 2 for each number of --width")
     require(min(args.width) > 0 and min(args.epochs) > 0, "--width, --epochs: wanted more than 0")
     world = ranks()[1]
     require(args.batch % world == 0 and min(args.scenes, args.new_scenes) >= world,
