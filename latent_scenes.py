@@ -157,9 +157,9 @@ def total_loss(model: Model, batch: Batch, planes: Optional[Tensor], weights: di
     out = render(model, planes, batch.rays_o, batch.rays_d, batch.jitter)
     if encoded and "latent" in weights:
         # Gradient to T^mic, W, B and MLP: y moves towards norm(E(x)). In joint also to E: then
-        # norm(E(x)) moves towards y, and as the y of a tri-plane is 3D-consistent, E becomes so: the
-        # idea of the paper. With z.detach() (seed 0) latent_psnr is 25.3 instead of 30.3 dB, new
-        # cars have 20.9 instead of 21.5 before finetune, but 24.5, as good as 24.6, after it.
+        # norm(E(x)) moves towards y, and as the y of a tri-plane is 3D-consistent, E becomes so:
+        # the idea of the paper. With z.detach() (seed 0) latent_psnr is 25.3 instead of 30.3 dB,
+        # new cars have 20.9 instead of 21.5 before finetune, but 24.5 after it, as with it (24.6).
         error = F.mse_loss(out["y"][encoded], normalise(z, model.autoencoder.s))
         loss = loss + weights["latent"] * batch.encoded_weight * error
     if "rgb" in weights:
