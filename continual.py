@@ -391,17 +391,17 @@ def weighted_sample(p: Tensor, n: int) -> Tensor:
 
 # The five findings of the release, and ours: PSNR of task 1 (held-out views) with A minus that with
 # B [dB]. --learner replay --split released, lego, seeds 0 to 2 (spreads: 0.1 to 0.4 dB); hash grid
-# with 1000 steps per task, MLP with 1500 steps of 512 rays; an earlier version of this file. fill:
+# with 1000 steps per task; MLP with 1500 steps of 512 rays, it and 4 in an earlier version. fill:
 # --buffer-fill; weighted: --buffer-draw weighted; where nothing is said, both are random.
 #
 # | finding                               | A                     | B              | hash |  MLP |
-# | 1. topk forgets less: holds           | fill topk             | fill random    | +0.7 | +0.9 |
+# | 1. topk forgets less: holds           | fill topk             | fill random    | +0.8 | +0.9 |
 # | 2. less memory forgets more: holds    | 2048 rays             | 20 480 rays    | -1.6 | -2.0 |
 # | 3. weighted draws are better: not so  | fill topk, weighted   | fill topk      | -0.4 | -0.1 |
 # | 4. prefer mid-image pixels: in part   | 3.A, with that        | 3.A            | +0.1 | +0.2 |
 # | 5. storing all rays is best: holds    | all rays, weighted    | 20 480 rays    | +2.1 | +1.5 |
 #
-# 1 costs the hash grid 0.5 dB of task 2, and 5 costs it 0.6. Draws that prefer mid-image pixels are
+# 1 costs the hash grid 0.6 dB of task 2, and 5 costs it 0.7. Draws that prefer mid-image pixels are
 # no longer in this file: on the hash grid 4.A is 0.3 dB worse than 3.B, on the MLP 0.1 dB better.
 
 
