@@ -242,8 +242,8 @@ def sample_unseen_rays(fields, scene: Scene, args: Args) -> tuple:
 #                                       fern                                 26.1    23.6
 # On fern D alone has 26.2 dB, so H loses there: perhaps because rays of a forward-facing scene meet
 # many surfaces one behind the other (not tested).
-# Gain on lego with 2, 3, 4, 8, 16 views: 0.1, 0.4, 1.7, 0.8, -0.3 dB (seed 0; 4: three seeds): 2 say
-# too little, 16 suffice.
+# Gain on lego with 2, 3, 4, 8, 16 views: 0.1, 0.4, 1.7, 0.8, -0.3 dB (seed 0; 4: three seeds).
+# 2 say too little, 16 suffice.
 
 class HashField(nn.Module):
     """Instant-NGP's field, small: hash grid -> MLP -> density and 15 features; these and the view
