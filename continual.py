@@ -396,7 +396,7 @@ def weighted_sample(p: Tensor, n: int) -> Tensor:
 #
 # | finding                               | A                     | B              | hash |  MLP |
 # | 1. topk forgets less: holds           | fill topk             | fill random    | +0.8 | +0.9 |
-# | 2. less memory forgets more: holds    | 2048 rays             | 20 480 rays    | -1.6 | -2.0 |
+# | 2. less memory forgets more: holds    | 2048 rays             | 20 480 rays    | -1.7 | -2.0 |
 # | 3. weighted draws are better: not so  | fill topk, weighted   | fill topk      | -0.4 | -0.1 |
 # | 4. prefer mid-image pixels: in part   | 3.A, with that        | 3.A            | +0.1 | +0.2 |
 # | 5. storing all rays is best: holds    | all rays, weighted    | 20 480 rays    | +2.1 | +1.5 |
