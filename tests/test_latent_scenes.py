@@ -98,6 +98,9 @@ def test_parameters_of_a_scene(flags, features, M):
     planes = model.planes(p)
     assert planes.shape == (2, 3, 8, 8, model.mlp[0].in_features)
     assert torch.equal(planes[..., :features].flatten(1), p[:, :model.P - M])
+    family = family_of()
+    for kind, box in (("rgb", family.tight), ("latent", family.aabb)):      # two boxes
+        assert torch.equal(Model(args(representation=kind), family).aabb, box)
 
 
 def test_normalise_and_back():
