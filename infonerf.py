@@ -519,10 +519,10 @@ def train(args: Args) -> dict:
             # 2. seen and unseen rays, R = 128 + 64 = 192 by default; p of the fine field on them:
             # fog on seen rays can have the right colours, unseen rays see it from the side. (On
             # lego, unseen rays alone, as released, and seen rays alone are within 0.5 dB of both.)
-            unseen = sample_unseen_rays(fields, scene, args)
-            all_o, all_d = (torch.cat([a, b]) for a, b in zip(rays, unseen))   # (R, 3) each
-            all_edges = torch.cat([edges, unseen[2]])                          # (R, S + 1)
-            sigmas = torch.cat([out["sigmas"], unseen[3]])                     # (R, S)
+            *unseen, unseen_edges, unseen_sigmas = sample_unseen_rays(fields, scene, args)
+            all_o, all_d = (torch.cat(pair) for pair in zip(rays, unseen))     # (R, 3) each
+            all_edges = torch.cat([edges, unseen_edges])                       # (R, S + 1)
+            sigmas = torch.cat([out["sigmas"], unseen_sigmas])                 # (R, S)
             p = ray_density(sigmas, all_edges, args.ray_density)               # (R, S)
         if args.entropy_weight:
             # 3. the entropy of p where there is opacity

@@ -577,7 +577,7 @@ def train(args: Args) -> dict:
         visits.index_put_((view, row, column), torch.ones_like(row, dtype=torch.int32),
                           accumulate=True)
         run.count(rays=len(xy), samples=out["samples"])
-        if step + 1 == args.steps:                     # is it painted with the background?
+        if step + 1 == args.steps:                     # is the background used as a colour?
             check_colours(out["rgbs"], out["weights"], target)
     summary = run.finish(sampling=args.sampling, **run.counts)
     write_films(args, run, scene, field, ray_sampler)
