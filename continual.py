@@ -139,8 +139,8 @@ class Naive:
 
 
 class Joint(Naive):
-    """One training on the images of all tasks: the reference, often called the upper bound. But who
-    gives more of the rays to a task can score higher on it: naive on task 2."""
+    """One training on the images of all tasks: the reference, often called the upper bound. But a
+    learner that gives more of its rays to a task can score higher on it: naive on task 2."""
     def stages(self, tasks, steps):
         views = sum((task.trained for task in tasks), [])
         return [(len(tasks) - 1, views, len(tasks) * steps)]

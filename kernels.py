@@ -720,7 +720,7 @@ def _hash_backward_x(x_ptr, table_ptr, layout_ptr, d_out_ptr, d_x_ptr, N, L: tl.
 
 @lru_cache(maxsize=16)
 def _layout(levels, device):
-    """(L, 4) int32: resolution, size, first row, dense. Cached: the first step copies it only."""
+    """(L, 4) int32: resolution, size, first row, dense. Cached: only the first step copies it."""
     return torch.tensor(list(zip(*levels)), dtype=torch.int32, device=device)
 
 
